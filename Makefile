@@ -1,0 +1,70 @@
+# Everything here runs in .venv, which `make install` creates. PYTHON chooses the interpreter it is made
+# from: PYTHON=python3.12 make install.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+SOURCES := ps trainer protos tests hatch_build.py $(wildcard benchmarks examples)
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint format protos test-gpu bench clean
+
+help: ## list these targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+install: $(INSTALLED) ## create .venv with pinned versions and install zero-ps into it, editable
+	@:
+
+# The stamp makes `install` a no-op until something that an installation depends on has changed.
+$(INSTALLED): pyproject.toml constraints.txt hatch_build.py protos/zero_ps.proto
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "zero-ps needs Python 3.11 or newer, and $(PYTHON) is %d.%d; choose another: PYTHON=python3.12 make install" % sys.version_info[:2])'
+	@version='import sys; print(sys.version_info[:2])'; \
+	if [ "$$($(BIN)/python -c "$$version" 2>/dev/null)" != "$$($(PYTHON) -c "$$version")" ]; then \
+		echo "creating $(VENV)"; $(PYTHON) -m venv --clear $(VENV); \
+	fi
+	@echo "installing zero-ps and its dependencies into $(VENV); the first time this takes minutes"
+	@PIP_ROOT_USER_ACTION=ignore PIP_DISABLE_PIP_VERSION_CHECK=1 \
+		$(BIN)/python -m pip install --quiet --no-input --constraint constraints.txt --editable '.[dev,bench]'
+	@touch $@
+	@echo "ready: $(BIN)/zero-ps"
+
+demo: install ## two servers, two trainers, one real training run (ARGS='--fresh' starts over)
+	@$(BIN)/zero-ps demo $(ARGS)
+
+test: lint ## lint, types, import rules, then every test
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: install ## ruff, mypy and the import rules between the packages
+	$(BIN)/ruff check --quiet $(SOURCES)
+	$(BIN)/ruff format --quiet --check $(SOURCES)
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: install ## rewrite the sources the way `make lint` wants them
+	$(BIN)/ruff check --quiet --fix $(SOURCES)
+	$(BIN)/ruff format --quiet $(SOURCES)
+
+# The build generates the code, with the generators that build-system.requires pins.
+protos: install ## generate the gRPC code again from protos/*.proto
+	@PIP_ROOT_USER_ACTION=ignore PIP_DISABLE_PIP_VERSION_CHECK=1 \
+		$(BIN)/python -m pip install --quiet --no-input --no-deps --editable .
+	@ls protos/zero_ps_pb2*
+
+test-gpu: install ## the tests that need a CUDA device
+	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
+		$(BIN)/python -m pytest -m gpu $(ARGS); status=$$?; \
+		if [ $$status -eq 5 ]; then echo "there is no GPU test yet"; else exit $$status; fi; \
+	else \
+		echo "no GPU: torch finds no CUDA device here, so no GPU test was run"; \
+	fi
+
+bench: install ## the benchmarks
+	@if [ -f benchmarks/__main__.py ]; then $(BIN)/python -m benchmarks $(ARGS); \
+	elif ls benchmarks/bench_*.py >/dev/null 2>&1; then \
+		set -e; for file in benchmarks/bench_*.py; do echo "== $$file"; $(BIN)/python $$file $(ARGS); done; \
+	else echo "there is no benchmark yet"; fi
+
+clean: ## delete .venv, generated code and caches; the stores under runs/ stay
+	rm -rf $(VENV) build dist .protoc-* protos/zero_ps_pb2* \
+		.mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	find ps trainer protos tests -name __pycache__ -prune -exec rm -rf {} +
