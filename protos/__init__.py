@@ -1,0 +1,21 @@
+"""The contract between `ps` and `trainer`: messages, and what both sides must compute alike.
+
+`zero_ps.proto` states the messages; `zero_ps_pb2` and `zero_ps_pb2_grpc` are generated from it when
+the package is built (`make protos` in a working tree). The other modules hold the few rules that a
+server and a trainer have to agree on without asking each other.
+"""
+
+PROTOCOL_VERSION = 1
+"""Raised with every incompatible change of `zero_ps.proto`; peers of another version are refused."""
+
+MESSAGE_BYTES = 1 << 20
+"""Payload of one stream message. Python's gRPC is fastest near 1 MiB; larger ones are slower."""
+
+MAX_MESSAGE_BYTES = 64 << 20
+"""The largest message that either side accepts; the manifest of a large model is the largest one."""
+
+MAX_MANIFEST_PARAMETERS = 1 << 20
+"""The most parameters that a manifest may list."""
+
+MAX_METADATA_BYTES = 1 << 20
+"""The most bytes of JSON that a commit may carry."""

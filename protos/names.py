@@ -1,0 +1,27 @@
+"""Which names a job and a parameter may have: they become folder names on every server."""
+
+import re
+
+_JOB = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
+_PARAMETER = re.compile(r"[A-Za-z0-9_][^/\\\x00-\x1f\x7f]{0,199}")
+
+
+def check_job_name(name: str) -> None:
+    """Raises ValueError unless `name` is 1 to 100 letters, digits, '_', '-' and '.', '.' not first."""
+    if not _JOB.fullmatch(name):
+        raise ValueError(
+            f"job name {name!r} is not valid: use 1 to 100 letters, digits, '_', '-' and '.', "
+            "beginning with a letter or a digit"
+        )
+
+
+def check_parameter_name(name: str) -> None:
+    """Raises ValueError unless `name` can be a folder: no slash, no control character, no leading '.'.
+
+    zarr reserves names that begin with two underscores.
+    """
+    if not _PARAMETER.fullmatch(name) or name.startswith("__") or len(name.encode()) > 250:
+        raise ValueError(
+            f"parameter name {name!r} cannot be stored: it has to begin with a letter, a digit or one "
+            "underscore, and have neither slashes nor control characters and at most 200 characters"
+        )
