@@ -1,0 +1,48 @@
+"""Training with parameters that live on parameter servers.
+
+    job = trainer.connect("10.0.0.1:7070,10.0.0.2:7070", job="gpt")
+    with job.init():
+        model = GPT(config)
+    trainer.offload(model, job)
+    optimizer = trainer.RemoteOptimizer(model.parameters(), torch.optim.AdamW, lr=3e-4)
+
+The model stays a plain `nn.Module` and the training loop stays the user's.
+"""
+
+from trainer.config import OffloadConfig
+from trainer.connect import connect
+from trainer.errors import (
+    ConfigError,
+    ConnectError,
+    DeadlineExceeded,
+    JobMismatch,
+    ModifiedParameterError,
+    ReleasedParameterError,
+    RequestRefused,
+    TrainerLost,
+    ZeroPsError,
+)
+from trainer.gathering import gathered
+from trainer.job import Job
+from trainer.offload import offload, remove
+from trainer.optimizer import RemoteOptimizer, clip_grad_norm_
+
+__all__ = [
+    "ConfigError",
+    "ConnectError",
+    "DeadlineExceeded",
+    "Job",
+    "JobMismatch",
+    "ModifiedParameterError",
+    "OffloadConfig",
+    "ReleasedParameterError",
+    "RemoteOptimizer",
+    "RequestRefused",
+    "TrainerLost",
+    "ZeroPsError",
+    "clip_grad_norm_",
+    "connect",
+    "gathered",
+    "offload",
+    "remove",
+]

@@ -1,0 +1,40 @@
+"""How a model is offloaded."""
+
+from dataclasses import dataclass
+
+import torch
+
+from trainer.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class OffloadConfig:
+    """Settings of `trainer.offload`. Names and units are DeepSpeed's where DeepSpeed has the knob.
+
+    param_persistence_threshold: parameters with fewer elements than this stay gathered between uses and
+        are refreshed together after each step: fetching a bias costs a round trip and frees nothing.
+    model_persistence_threshold: the most elements that stay gathered for that reason; smaller
+        parameters are preferred. Bounds what persistence may cost in memory.
+    param_dtype: dtype in which parameters are gathered and computed with; None keeps the model's own.
+        Servers keep fp32 masters of what is trained, so 16 bits halve the bytes pulled.
+    reduce_dtype: dtype in which gradients travel; None keeps that of the gradient. Servers add up in
+        fp32 in any case.
+    max_inflight_push_bytes: how many bytes of gradients may wait to be sent. Backward waits beyond
+        that, so a slow network does not gather a whole model's gradients here.
+    """
+
+    param_persistence_threshold: int = 100_000
+    model_persistence_threshold: int = 16_000_000
+    param_dtype: torch.dtype | None = None
+    reduce_dtype: torch.dtype | None = None
+    max_inflight_push_bytes: int = 64 << 20
+
+    def __post_init__(self) -> None:
+        for name in ("param_persistence_threshold", "model_persistence_threshold", "max_inflight_push_bytes"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 0:
+                raise ConfigError(f"OffloadConfig.{name} has to be a whole number of at least 0, not {value!r}")
+        for name in ("param_dtype", "reduce_dtype"):
+            dtype = getattr(self, name)
+            if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+                raise ConfigError(f"OffloadConfig.{name} has to be a floating-point torch.dtype, not {dtype!r}")

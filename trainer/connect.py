@@ -1,0 +1,130 @@
+"""`trainer.connect`: from server addresses to a job at the step where it goes on."""
+
+import json
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from protos import names
+from protos import zero_ps_pb2 as pb
+from trainer.errors import ConfigError, ConnectError
+from trainer.job import Job
+from trainer.links import GrpcLink
+from trainer.server import Server, call_all, find_servers
+from trainer.session import Session
+
+LINK_KINDS = ("grpc",)
+
+
+def connect(
+    servers: str | Sequence[str],
+    *,
+    job: str = "default",
+    rank: int | None = None,
+    world_size: int | None = None,
+    links: Sequence[str] | None = None,
+    read_only: bool = False,
+    connect_timeout: float = 20.0,
+    timeout: float = 600.0,
+) -> Job:
+    """Joins a job on a set of parameter servers.
+
+    A job that has state goes on where it is: from the servers' memory when all of them have it at the
+    same step, else from the newest generation that every server has. `Job.step` says where that is.
+    With several trainers every rank calls this; it returns when all have.
+
+    servers: "host:port,host:port" or a list; every server of the set, in any order.
+    rank, world_size: default to torchrun's RANK and WORLD_SIZE, else to 0 and 1.
+    links: the kinds of link to use; None allows all.
+    read_only: only pull; takes part in no step.
+    connect_timeout: seconds for the servers to answer and for all ranks to arrive.
+    timeout: seconds that any later wait on a server or another trainer may take.
+
+    Raises ConfigError for arguments that cannot work, ConnectError when servers cannot be reached, do
+    not belong together or have no common state, RequestRefused when they do not accept this trainer.
+    """
+    rank, world_size = _group(rank, world_size)
+    try:
+        names.check_job_name(job)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    unknown = [kind for kind in links or () if kind not in LINK_KINDS]
+    if unknown or (links is not None and not links):
+        raise ConfigError(f"links={list(links or ())!r}: name one or more of {', '.join(LINK_KINDS)}")
+    found = find_servers(servers, connect_timeout)
+    session = None
+    try:
+        session = Session(
+            found, job=job, rank=rank, world_size=world_size, read_only=read_only, timeout=connect_timeout
+        )
+        result = Job(
+            name=job,
+            rank=rank,
+            world_size=world_size,
+            read_only=read_only,
+            servers=found,
+            session=session,
+            links=[GrpcLink(server.stub, server.address, server.session_id) for server in found],
+            timeout=timeout,
+        )
+        resumed = _resume(found, session, job, timeout) if rank == 0 or read_only else {}
+        if not read_only:
+            resumed = json.loads(result.barrier("resume", json.dumps(resumed).encode(), connect_timeout)[0])
+        result.step = resumed["step"]
+        result.exists = resumed["exists"]
+        result.metadata = resumed["metadata"]
+        return result
+    except BaseException:
+        if session is not None:
+            session.close()
+        for server in found:
+            server.close()
+        raise
+
+
+def _group(rank: int | None, world_size: int | None) -> tuple[int, int]:
+    if (rank is None) != (world_size is None):
+        raise ConfigError("give both rank and world_size, or neither to take them from RANK and WORLD_SIZE")
+    if rank is None or world_size is None:
+        try:
+            rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        except ValueError:
+            raise ConfigError(
+                f"RANK={os.environ.get('RANK')!r} and WORLD_SIZE={os.environ.get('WORLD_SIZE')!r} have to be numbers"
+            ) from None
+    if world_size < 1 or not 0 <= rank < world_size:
+        raise ConfigError(f"rank {rank} of world size {world_size} is not possible")
+    return rank, world_size
+
+
+def _resume(servers: Sequence[Server], session: Session, job: str, timeout: float) -> dict[str, Any]:
+    """Brings all servers to one step, and says which and whether the job has any state."""
+    states = session.states
+    steps = {state.step for state in states}
+    if len(steps) == 1 and -1 not in steps:
+        return {"step": states[0].step, "exists": True, "metadata": _metadata(states[0].metadata)}
+    common = set.intersection(*(set(state.committed_steps) for state in states))
+    if common:
+        step = max(common)
+        restored = call_all(
+            servers,
+            "Restore",
+            lambda server: pb.RestoreRequest(session_id=server.session_id, step=step),
+            timeout,
+        )
+        return {"step": step, "exists": True, "metadata": _metadata(restored[0].metadata)}
+    if steps == {-1} and not any(state.committed_steps for state in states):
+        return {"step": 0, "exists": False, "metadata": {}}
+    held = "; ".join(
+        f"{server.address} has step {state.step if state.step >= 0 else 'none'} in memory and commits "
+        f"{list(state.committed_steps) or 'none'}"
+        for server, state in zip(servers, states, strict=True)
+    )
+    raise ConnectError(
+        f"the servers have no step of job {job!r} in common: {held}. Bring back the data folder that is "
+        "missing, or begin anew under another job name"
+    )
+
+
+def _metadata(text: str) -> dict[str, Any]:
+    return dict(json.loads(text)) if text else {}

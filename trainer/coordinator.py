@@ -1,0 +1,115 @@
+"""Decides what to request from the servers and what to let go.
+
+Here it fetches what is needed when it is needed and releases it as soon as nothing needs it. Looking ahead
+along a recorded trace, and budgets, take their place behind these same calls.
+"""
+
+from collections import deque
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import torch
+
+from trainer.parameter import OffloadedParameter
+from trainer.transfer import Destination
+
+if TYPE_CHECKING:
+    from trainer.job import Job
+
+
+class Coordinator:
+    """Gathers and releases the parameters of one model.
+
+    One thread at a time runs a model forward or backward, and calls this; only `unsaved` may come from
+    any thread.
+    """
+
+    def __init__(self, job: "Job") -> None:
+        self._job = job
+        # Gathered for backward, to be released at the latest when it ends.
+        self._for_backward: dict[OffloadedParameter, None] = {}
+        # Not released because something outside of this package holds a view of them.
+        self._lingering: dict[OffloadedParameter, None] = {}
+        self._unsaved: deque[OffloadedParameter] = deque()
+
+    # ------------------------------------------------------------ gather
+
+    def fetch(self, states: Iterable[OffloadedParameter]) -> None:
+        """Returns when all the parameters are whole and at the job's version."""
+        version = self._job.step
+        missing = [state for state in states if state.version != version]
+        if not missing:
+            return
+        if self._unsaved:
+            self.release_unsaved()
+        self._job.check()
+        destinations = []
+        for state in missing:
+            state.allocate()
+            assert state.remote is not None
+            destinations.append(Destination(state.remote, state.landing(), state.dtype))
+        try:
+            self._job.transfer.pull(destinations, version).wait()
+        except BaseException:
+            del destinations
+            self.release(missing)
+            raise
+        for state, destination in zip(missing, destinations, strict=True):
+            state.land(destination.buffer)
+            state.version = version
+
+    def fetch_for_backward(self, state: OffloadedParameter) -> None:
+        """Gathers a parameter until nothing in the running backward needs it."""
+        self.fetch((state,))
+        self._for_backward[state] = None
+
+    # ------------------------------------------------------------ release
+
+    def release(self, states: Iterable[OffloadedParameter]) -> None:
+        """Gives the memory back of every parameter that is not in use and not persistent."""
+        for state in states:
+            if state.active or state.persistent or not state.resident_bytes:
+                continue
+            if state.aliased:
+                self._lingering[state] = None
+            else:
+                state.free()
+                self._for_backward.pop(state, None)
+                self._lingering.pop(state, None)
+
+    def unsaved(self, state: OffloadedParameter) -> None:
+        """Notes that no autograd graph needs the parameter any more; never blocks, from any thread."""
+        self._unsaved.append(state)
+
+    def release_unsaved(self) -> None:
+        """Releases what backward is done with."""
+        while self._unsaved:
+            state = self._unsaved.popleft()
+            if state.saved == 0:
+                self.release((state,))
+
+    def after_gradient(self, state: OffloadedParameter) -> None:
+        """The parameter has its gradient; nothing else in backward needs it unless a graph still holds it."""
+        self.release_unsaved()
+        if state.saved == 0:
+            self.release((state,))
+
+    def end_of_backward(self) -> None:
+        """Releases all that backward gathered, also what graphs that are kept will need once more."""
+        self._unsaved.clear()
+        self.release(list(self._for_backward))
+        self._for_backward.clear()
+        self.release(list(self._lingering))
+
+    def sweep(self) -> None:
+        """Releases what an exception left, and what was kept for a view that is gone."""
+        self.end_of_backward()
+
+    @property
+    def lingering(self) -> list[OffloadedParameter]:
+        return list(self._lingering)
+
+
+def in_backward() -> bool:
+    """Whether this thread is running a backward pass."""
+    return bool(torch._C._current_graph_task_id() != -1)

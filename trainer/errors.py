@@ -1,0 +1,37 @@
+"""What can go wrong in a trainer, by what a caller can do about it."""
+
+
+class ZeroPsError(RuntimeError):
+    """Base class of every error that this package raises on its own account."""
+
+
+class ConfigError(ZeroPsError, ValueError):
+    """An argument or a setting that cannot work; nothing was changed."""
+
+
+class ConnectError(ZeroPsError):
+    """A server cannot be reached, is not the one that was expected, or went away."""
+
+
+class RequestRefused(ZeroPsError):
+    """A server answered that a request is not valid in its present state; it says why."""
+
+
+class JobMismatch(RequestRefused):
+    """The model or the optimizer is not the one that the job on the servers was made with."""
+
+
+class TrainerLost(ZeroPsError):
+    """Another trainer of the job is gone, so what this one waited for will not come."""
+
+
+class DeadlineExceeded(ZeroPsError, TimeoutError):
+    """Something did not happen in time; the message names it."""
+
+
+class ReleasedParameterError(ZeroPsError):
+    """A released parameter was used where nothing gathers it."""
+
+
+class ModifiedParameterError(ZeroPsError):
+    """A gathered parameter was changed where changes are not kept."""

@@ -1,0 +1,123 @@
+"""`trainer.gathered`: whole parameters outside of forward and backward, to read or to change."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from trainer.errors import ModifiedParameterError
+from trainer.links import PushKind
+from trainer.offload import OffloadedModel
+from trainer.parameter import NOT_HERE, OffloadedParameter, offloaded
+from trainer.transfer import Destination
+
+Fingerprint = tuple[int, ...]
+
+
+@contextmanager
+def gathered(params: nn.Module | torch.Tensor | Iterable[torch.Tensor], *, modify: bool = False) -> Iterator[None]:
+    """Context in which parameters are whole, at the job's present step.
+
+    params: a module (all of its parameters), a parameter, or several. Those that are not offloaded are
+        left alone. Contexts may nest and overlap.
+    modify: keeps rank 0's changes, on the servers and on every rank; then every rank has to enter and
+        leave together. What other ranks change is dropped. With `param_dtype` set only the elements
+        that changed are replaced, so the fp32 masters of the others keep their precision.
+
+    Without `modify` ranks need not agree, and a change raises ModifiedParameterError on leaving, naming
+    the parameter, after the change was dropped.
+    """
+    states = _states(params)
+    models = dict.fromkeys(state.model for state in states)
+    groups = [(model, [state for state in states if state.model is model]) for model in models]
+    for model, group in groups:
+        if modify:
+            model.job.barrier("entering gathered(modify=True)")
+        model.coordinator.fetch(group)
+        for state in group:
+            state.activate()
+    before = {state: (state.edition[0], _fingerprint(state)) for state in states}
+    completed = False
+    try:
+        yield
+        completed = True
+    finally:
+        changed = [state for state in states if _fingerprint(state) != _expected(state, *before[state])]
+        try:
+            if modify and completed:
+                for model, group in groups:
+                    _keep(model, group, changed)
+        finally:
+            for state in changed:
+                # Not ours to keep: the next use fetches what the servers have.
+                state.version = NOT_HERE
+            for state in states:
+                state.deactivate()
+            for model, group in groups:
+                model.coordinator.fetch([state for state in group if state.active])
+                model.coordinator.release(group)
+    if changed and not modify:
+        names = ", ".join(repr(state.name) for state in changed)
+        raise ModifiedParameterError(
+            f"parameter {names} was changed inside trainer.gathered(); the change was dropped. Use "
+            "gathered(..., modify=True), on every rank, to keep rank 0's changes"
+        )
+
+
+def _states(params: nn.Module | torch.Tensor | Iterable[torch.Tensor]) -> list[OffloadedParameter]:
+    if isinstance(params, nn.Module):
+        params = params.parameters()
+    elif isinstance(params, torch.Tensor):
+        params = (params,)
+    return list(dict.fromkeys(state for param in params if (state := offloaded(param)) is not None))
+
+
+def _expected(state: OffloadedParameter, edition: int, fingerprint: Fingerprint) -> Fingerprint:
+    """What the values should look like: as on entry, unless a context inside this one changed them."""
+    return fingerprint if state.edition[0] == edition else state.edition[1]
+
+
+def _fingerprint(state: OffloadedParameter) -> Fingerprint:
+    """Changes with the values: the version counter tells of in-place operations, the sums of the bytes
+    of what went past it through `.data`."""
+    param = state.param
+    with torch.no_grad():
+        data = param.detach().contiguous().reshape(-1).view(torch.uint8)
+        whole = data.numel() // 8 * 8
+        words = data[:whole].view(torch.int64)
+        mixed = words ^ (words >> 29)
+        sums = torch.stack([words.sum(), mixed.sum(), data[whole:].sum()])
+        return (param._version, data.numel(), *sums.tolist())
+
+
+def _keep(model: OffloadedModel, group: list[OffloadedParameter], changed: list[OffloadedParameter]) -> None:
+    """Sends rank 0's changes and has every rank know which parameters they are."""
+    job = model.job
+    by_index = {state.remote.index: state for state in group if state.remote is not None}
+    indices = [index for index, state in by_index.items() if state in changed]
+    # Nobody may still be reading the old values when the first new one arrives.
+    job.barrier("leaving gathered(modify=True)")
+    if job.rank == 0:
+        for index in indices:
+            _write(model, by_index[index])
+        job.transfer.flush()
+    told = job.barrier("changes of gathered(modify=True)", ",".join(map(str, indices)).encode())[0]
+    for text in filter(None, told.decode().split(",")):
+        state = by_index[int(text)]
+        if job.rank == 0:
+            state.edition = (state.edition[0] + 1, _fingerprint(state))
+        if state not in changed:
+            changed.append(state)
+
+
+def _write(model: OffloadedModel, state: OffloadedParameter) -> None:
+    job, remote = model.job, state.remote
+    assert remote is not None
+    values = state.param.detach().to("cpu").contiguous()
+    if values.dtype != remote.dtype:
+        data = torch.empty(state.numel * remote.dtype.itemsize, dtype=torch.uint8)
+        job.transfer.pull([Destination(remote, data, remote.dtype)], job.step).wait()
+        stored = data.view(remote.dtype).reshape(values.shape)
+        values = torch.where(stored.to(values.dtype) == values, stored, values.to(remote.dtype))
+    job.transfer.push(remote, values, PushKind.WEIGHT, step=job.step, limit=64 << 20)

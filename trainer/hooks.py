@@ -1,0 +1,110 @@
+"""The hooks around each submodule's forward: gather before, release after.
+
+A thread keeps a stack of the forwards that it is in. A frame holds the parameters that its forward has in
+use: the module's own, those it is known to use of other modules (external parameters), and those that it
+turns out to use while it runs.
+"""
+
+import threading
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from trainer import saved
+from trainer.parameter import OffloadedParameter, offloaded
+
+if TYPE_CHECKING:
+    from trainer.offload import OffloadedModel
+
+
+class Frame:
+    """One running forward."""
+
+    __slots__ = ("hooks_saved", "states", "unit")
+
+    def __init__(self, unit: "Unit") -> None:
+        self.unit = unit
+        self.states: list[OffloadedParameter] = []
+        self.hooks_saved = False
+
+    def use(self, states: Sequence[OffloadedParameter]) -> None:
+        """Gathers parameters and keeps them in use until the forward ends."""
+        for model in dict.fromkeys(state.model for state in states):
+            model.coordinator.fetch([state for state in states if state.model is model])
+        for state in states:
+            state.activate()
+            self.states.append(state)
+
+    def end(self) -> None:
+        if self.hooks_saved:
+            saved.pop_hooks()
+        for state in self.states:
+            state.deactivate()
+        for state in self.states:
+            state.model.coordinator.release((state,))
+
+
+class _Frames(threading.local):
+    def __init__(self) -> None:
+        self.stack: list[Frame] = []
+
+
+_frames = _Frames()
+
+
+def current_frame() -> Frame | None:
+    """The innermost forward that this thread is in, of any offloaded model."""
+    return _frames.stack[-1] if _frames.stack else None
+
+
+class Unit:
+    """A submodule with its hooks.
+
+    external: parameters of other modules that its forward was seen to use.
+    """
+
+    def __init__(self, module: nn.Module, name: str, model: "OffloadedModel") -> None:
+        self.module = module
+        self.name = name
+        self.model = model
+        self.external: dict[OffloadedParameter, None] = {}
+        self._handles = [
+            module.register_forward_pre_hook(self._before_forward, prepend=True),
+            # always_call: after an exception too.
+            module.register_forward_hook(self._after_forward, always_call=True),
+        ]
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def add_external(self, state: OffloadedParameter) -> None:
+        self.external[state] = None
+
+    def _before_forward(self, module: nn.Module, args: object) -> None:
+        stack = _frames.stack
+        if not stack or stack[-1].unit.model is not self.model:
+            self.model.before_root_forward()
+        frame = Frame(self)
+        # First of all, so that the hook after forward finds it whatever happens here.
+        stack.append(frame)
+        states = [
+            state
+            for param in module._parameters.values()
+            if param is not None and (state := offloaded(param)) is not None
+        ]
+        if self.external:
+            states += [state for state in self.external if state not in states]
+        if states:
+            frame.use(states)
+            if torch.is_grad_enabled():
+                frame.hooks_saved = saved.push_hooks()
+                for state in states:
+                    state.model.watch_gradient(state)
+
+    def _after_forward(self, module: nn.Module, args: object, output: object) -> None:
+        stack = _frames.stack
+        if stack and stack[-1].unit is self:
+            stack.pop().end()

@@ -1,0 +1,163 @@
+"""A job as one trainer sees it."""
+
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from protos import MAX_METADATA_BYTES
+from protos import zero_ps_pb2 as pb
+from trainer.errors import ConfigError
+from trainer.links import Link
+from trainer.server import Server, call_all
+from trainer.session import Session
+from trainer.transfer import Transfer
+
+if TYPE_CHECKING:
+    from trainer.offload import OffloadedModel
+
+
+@dataclass
+class Stats:
+    """What this process has moved since it connected, in bytes of tensors."""
+
+    bytes_pulled: int = 0
+    bytes_pushed: int = 0
+
+
+class Job:
+    """One model's training state on a set of servers. Made by `trainer.connect`; a context manager.
+
+    name, rank, world_size, read_only: as given to `connect`.
+    step: how many optimizer steps the parameters have been through.
+    exists: whether the servers have state of this job, so that a model's initial values do not count.
+    metadata: the JSON object that was given to the commit that the state stems from.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        rank: int,
+        world_size: int,
+        read_only: bool,
+        servers: Sequence[Server],
+        session: Session,
+        links: Sequence[Link],
+        timeout: float,
+    ) -> None:
+        self.name = name
+        self.rank = rank
+        self.world_size = world_size
+        self.read_only = read_only
+        self.step = 0
+        self.exists = False
+        self.metadata: dict[str, object] = {}
+        self.stats = Stats()
+        self.timeout = timeout
+        self.servers = servers
+        self.links = links
+        self.transfer = Transfer(self)
+        self.model: OffloadedModel | None = None
+        self._session = session
+        self._barriers = 0
+        self._complete_step = -1
+        self._closed = False
+
+    def __repr__(self) -> str:
+        return f"Job({self.name!r}, step={self.step}, rank={self.rank}/{self.world_size}, servers={len(self.servers)})"
+
+    def init(self) -> AbstractContextManager[None]:
+        """Context in which a model is built without ever being whole in this process.
+
+        Parameters leave for the servers as modules are built, with rank 0's values. Code in
+        constructors that reads or changes a parameter which has left works: the parameter comes back
+        for it. On a job that has state already the initial values are dropped instead.
+        """
+        from trainer.construction import construct
+
+        return construct(self)
+
+    def commit(self, metadata: Mapping[str, object] | None = None) -> None:
+        """Makes the state at `step` durable: every server writes a generation. Returns when all have.
+
+        Committed state survives the loss of every process. Rank 0 writes; on other ranks this returns
+        at once.
+
+        metadata: a JSON object to keep with the generation, as the position in the data; what
+            `Job.metadata` gives back after a restart.
+        """
+        self.check()
+        if self.read_only:
+            raise ConfigError(f"job {self.name!r} was opened with read_only=True and cannot commit")
+        if self.model is None:
+            raise ConfigError(f"job {self.name!r} has no model yet: call trainer.offload(model, job) before commit()")
+        text = json.dumps(dict(metadata or {}))
+        if len(text.encode()) > MAX_METADATA_BYTES:
+            raise ConfigError(
+                f"metadata is {len(text.encode())} bytes of JSON, at most {MAX_METADATA_BYTES} can be kept"
+            )
+        if self.rank != 0:
+            return
+        self.transfer.flush()
+        self.model.write_buffers()
+        call_all(
+            self.servers,
+            "Commit",
+            lambda server: pb.CommitRequest(
+                session_id=server.session_id,
+                step=self.step,
+                metadata=text,
+                complete_step=self._complete_step,
+                timeout_seconds=self.timeout,
+            ),
+            self.timeout + 5,
+        )
+        self._complete_step = self.step
+        self.metadata = json.loads(text)
+
+    def close(self) -> None:
+        """Ends the session. The job stays on the servers; what was not committed stays in their memory."""
+        if self._closed:
+            return
+        self._closed = True
+        for link in self.links:
+            link.close()
+        self._session.close()
+        for server in self.servers:
+            server.close()
+
+    def __enter__(self) -> "Job":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def check(self) -> None:
+        """Raises when this trainer can no longer work on the job."""
+        if self._closed:
+            raise ConfigError(f"job {self.name!r} is closed; connect again")
+        self._session.check()
+
+    def barrier(self, what: str, payload: bytes = b"", timeout: float | None = None) -> list[bytes]:
+        """Waits for all ranks to call this at the same point and returns their payloads by rank.
+
+        what: names the point in the error of a rank that waits in vain.
+        """
+        if self.world_size == 1:
+            return [payload]
+        self._barriers += 1
+        timeout = self.timeout if timeout is None else timeout
+        server = self.servers[0]
+        request = pb.BarrierRequest(
+            session_id=server.session_id,
+            tag=f"{self._barriers} {what}",
+            payload=payload,
+            timeout_seconds=timeout,
+        )
+        response: pb.BarrierResponse = server.call("Barrier", request, timeout + 5)
+        return list(response.payloads)

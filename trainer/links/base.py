@@ -1,0 +1,75 @@
+"""The interface of a link. Nothing above it knows by which transport the bytes come."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+
+ChunkKey = tuple[int, int]
+"""Index of a parameter in the manifest (for staged data: its staging id) and of a chunk in its grid."""
+
+
+class PushKind(Enum):
+    GRADIENT = "gradient"
+    WEIGHT = "weight"
+    STAGED = "staged"
+
+
+@dataclass(frozen=True)
+class Pull:
+    """Chunks wanted at one version.
+
+    destinations: for each chunk a 1-d uint8 CPU tensor of the chunk's size in bytes on the wire. They
+        may be written at any time until the pull's future is done, also when it ends with an error.
+    dtype: on the wire; None means as stored.
+    timeout: seconds that the server may wait for the version.
+    """
+
+    version: int
+    chunks: Sequence[ChunkKey]
+    destinations: Sequence[torch.Tensor]
+    dtype: torch.dtype | None
+    timeout: float
+    staged: bool = False
+
+
+@dataclass(frozen=True)
+class Push:
+    """Bytes of chunks for a server.
+
+    sources: for each chunk a 1-d uint8 CPU tensor; not to be changed before the push's future is done.
+    sequence: for gradients, how many contributions of this trainer to these chunks came before in
+        the step.
+    """
+
+    kind: PushKind
+    step: int
+    chunks: Sequence[ChunkKey]
+    sources: Sequence[torch.Tensor]
+    dtype: torch.dtype
+    sequence: int = 0
+
+
+class Link(ABC):
+    """Carries bytes between this process and one server.
+
+    Pulls are answered in the order in which they were asked, and pushes are counted in the order in
+    which they were sent; between pulls and pushes there is no order. Neither method blocks on the
+    network: the returned future is done when the bytes have arrived, or carries the error. After an
+    error of the connection itself every outstanding and later future carries it.
+    """
+
+    kind: str
+
+    @abstractmethod
+    def pull(self, pull: Pull) -> "Future[None]": ...
+
+    @abstractmethod
+    def push(self, push: Push) -> "Future[None]": ...
+
+    @abstractmethod
+    def close(self) -> None:
+        """Ends the link; what is outstanding fails. Safe to call twice."""

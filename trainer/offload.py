@@ -1,0 +1,332 @@
+"""`trainer.offload` and `trainer.remove`: from a plain model to one whose parameters live on servers, and back."""
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from protos import zero_ps_pb2 as pb
+from trainer import saved
+from trainer.config import OffloadConfig
+from trainer.coordinator import Coordinator, in_backward
+from trainer.errors import ConfigError, ReleasedParameterError
+from trainer.hooks import Unit, current_frame
+from trainer.job import Job
+from trainer.links import PushKind
+from trainer.opening import open_job
+from trainer.parameter import NOT_HERE, OffloadedParameter, offloaded
+from trainer.saved import SavedParameter
+from trainer.server import call_all
+from trainer.transfer import Destination, RemoteParameter
+
+_ATTRIBUTE = "_zero_ps_model"
+
+
+def offload(
+    model: nn.Module,
+    job: Job,
+    config: OffloadConfig | None = None,
+    *,
+    device: torch.device | str | None = None,
+) -> nn.Module:
+    """Hands a model's parameters to the job's servers and hooks its submodules; returns the same model.
+
+    A new job takes rank 0's values; a job that has state gives the model its own. Afterwards every
+    parameter is released: it has its shape and dtype but no memory, and is gathered around each use.
+    Works on a model that was built under `job.init()` as on one that was not.
+
+    device: where parameters are gathered and buffers are; None leaves each where it is ("meta" becomes
+        the CPU).
+
+    Raises ConfigError for a model that cannot be offloaded, JobMismatch when the job is another model's.
+    """
+    config = config or OffloadConfig()
+    job.check()
+    if find(model) is not None or any(hasattr(module, _ATTRIBUTE) for module in model.modules()):
+        raise ConfigError("this model is offloaded already; call trainer.remove(model) first")
+    if job.model is not None:
+        raise ConfigError(
+            f"job {job.name!r} has a model already; a job is one model's state: connect another job for another model"
+        )
+    model.__dict__[_ATTRIBUTE] = OffloadedModel(model, job, config, None if device is None else torch.device(device))
+    return model
+
+
+def remove(model: nn.Module) -> nn.Module:
+    """Takes the hooks off and leaves a plain model with whole parameters, at the job's present step.
+
+    The job stays on the servers; the model can be offloaded to it again. Returns the model.
+    """
+    offloaded_model = find(model)
+    if offloaded_model is None:
+        raise ConfigError("this model is not offloaded")
+    offloaded_model.remove()
+    del model.__dict__[_ATTRIBUTE]
+    return model
+
+
+def find(model: nn.Module) -> "OffloadedModel | None":
+    """What `offload` made of the model, or None."""
+    found = model.__dict__.get(_ATTRIBUTE)
+    return found if isinstance(found, OffloadedModel) else None
+
+
+class OffloadedModel:
+    """A model, its parameters' states and the hooks on it. The owner of released parameters."""
+
+    def __init__(self, model: nn.Module, job: Job, config: OffloadConfig, device: torch.device | None) -> None:
+        self.job = job
+        self.config = config
+        self.coordinator = Coordinator(job)
+        self._model = weakref.ref(model)
+        self._backward_armed = False
+        # Parameters of which servers hold gradients of this trainer.
+        self._gradients: set[OffloadedParameter] = set()
+        # Of `clip_grad_norm_`: manifest indices and a factor, for the next step.
+        self.pending_scales: list[tuple[list[int], float]] = []
+        remotes = open_job(model, job)
+        self.states: list[OffloadedParameter] = []
+        for name, param in model.named_parameters():
+            self._take(name, param, remotes[name], device)
+        self._buffers = [
+            (_materialised(model, name, device), remote)
+            for name, remote in remotes.items()
+            if name not in {state.name for state in self.states} and _has_buffer(model, name)
+        ]
+        self._move_buffers(model, device)
+        self._choose_persistent()
+        self._read_buffers()
+        self.units = [Unit(module, name, self) for name, module in model.named_modules()]
+        job.model = self
+
+    def __deepcopy__(self, memo: object) -> "OffloadedModel":
+        raise TypeError(
+            "an offloaded model cannot be copied or pickled: its parameters are on the servers; call "
+            "trainer.remove(model) for a plain model first"
+        )
+
+    def __reduce_ex__(self, protocol: object) -> tuple[object, ...]:
+        self.__deepcopy__(None)
+        raise AssertionError
+
+    # ------------------------------------------------------------ taking over and giving back
+
+    def _take(self, name: str, param: nn.Parameter, remote: RemoteParameter, device: torch.device | None) -> None:
+        """Releases a parameter for the first time."""
+        if param.numel() == 0:
+            return
+        state = offloaded(param) or OffloadedParameter(param, name, self)
+        state.name, state.owner, state.remote = name, self, remote
+        state.detach_class()
+        param.grad = None
+        target = device or (torch.device("cpu") if param.is_meta else param.device)
+        dtype = self.config.param_dtype or param.dtype
+        if not param.dtype.is_floating_point:
+            dtype = param.dtype
+        # A storage of its own, in C order: the one it has may be shared with tensors that stay.
+        fresh = torch.empty(param.shape, dtype=dtype, device=target)
+        fresh.untyped_storage().resize_(0)
+        param.data = fresh
+        del fresh
+        state.adopt_storage()
+        state.version = NOT_HERE
+        state.guard()
+        saved.register(state)
+        self.states.append(state)
+
+    def _move_buffers(self, model: nn.Module, device: torch.device | None) -> None:
+        if device is None:
+            return
+        for module in model.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None and not buffer.is_meta:
+                    module._buffers[name] = buffer.to(device)
+
+    def _choose_persistent(self) -> None:
+        self.persistent: list[OffloadedParameter] = []
+        room = self.config.model_persistence_threshold
+        for state in sorted(self.states, key=lambda state: state.numel):
+            if state.numel >= self.config.param_persistence_threshold or state.numel > room:
+                break
+            state.persistent = True
+            self.persistent.append(state)
+            room -= state.numel
+
+    def remove(self) -> None:
+        self.job.check()
+        self.coordinator.sweep()
+        for unit in self.units:
+            unit.remove()
+        self.coordinator.fetch(self.states)
+        for state in self.states:
+            saved.unregister(state)
+            state.detach()
+        self.job.model = None
+
+    # ------------------------------------------------------------ forward
+
+    def before_root_forward(self) -> None:
+        """Called when a forward begins that is not part of another one."""
+        if not in_backward():
+            self.coordinator.sweep()
+        # What is whole all the time must not be stale: after a step it is fetched again, all at once.
+        self.coordinator.fetch([*self.persistent, *self.coordinator.lingering])
+
+    def touch(self, states: Sequence[OffloadedParameter], func: Callable[..., Any]) -> None:
+        """Something uses released parameters.
+
+        In a forward: parameters of other modules; they are gathered until it ends, and from then on
+        before it begins. In a backward: gathered until it ends. Elsewhere: an error.
+        """
+        frame = current_frame()
+        if frame is not None:
+            frame.use(states)
+            for state in states:
+                frame.unit.add_external(state)
+                self.watch_gradient(state)
+            return
+        if in_backward():
+            for state in states:
+                self._fetch_for_backward(state)
+            return
+        listed = ", ".join(repr(state.name) for state in states)
+        raise ReleasedParameterError(
+            f"parameter {listed} is released, and {getattr(func, '__name__', func)!s} uses it outside of a forward or "
+            "backward pass; use it inside 'with trainer.gathered(param):' (modify=True to change it)"
+        )
+
+    # ------------------------------------------------------------ backward
+
+    def fetch_saved(self, note: SavedParameter) -> None:
+        state = note.state
+        if note.version != self.job.step:
+            raise RuntimeError(
+                f"parameter {state.name!r} is needed for gradient computation as it was at step {note.version}, but "
+                f"the job is at step {self.job.step}: an optimizer step came between forward and backward"
+            )
+        if in_backward():
+            self._fetch_for_backward(state)
+        else:
+            self.coordinator.fetch((state,))
+
+    def _fetch_for_backward(self, state: OffloadedParameter) -> None:
+        if not self._backward_armed:
+            self._backward_armed = True
+            torch.autograd.Variable._execution_engine.queue_callback(self._end_of_backward)
+        self.coordinator.fetch_for_backward(state)
+
+    def _end_of_backward(self) -> None:
+        self._backward_armed = False
+        self.coordinator.end_of_backward()
+
+    def unsaved(self, state: OffloadedParameter) -> None:
+        self.coordinator.unsaved(state)
+
+    def watch_gradient(self, state: OffloadedParameter) -> None:
+        """Has the parameter's gradient pushed as soon as it is whole; for what is trained."""
+        if state.gradient_hook is None and state.param.requires_grad:
+            state.gradient_hook = state.param.register_post_accumulate_grad_hook(self._on_gradient)  # type: ignore[no-untyped-call]
+
+    def _on_gradient(self, param: torch.Tensor) -> None:
+        state = offloaded(param)
+        assert state is not None and state.remote is not None
+        with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
+            gradient = param.grad
+            assert gradient is not None
+            param.grad = None
+            self._push_gradient(state, state.remote, gradient.detach())
+        self.coordinator.after_gradient(state)
+
+    def _push_gradient(self, state: OffloadedParameter, remote: RemoteParameter, gradient: torch.Tensor) -> None:
+        if self.job.read_only:
+            raise ConfigError(
+                f"job {self.job.name!r} was opened with read_only=True, and backward gave parameter {state.name!r} a "
+                "gradient; run under torch.no_grad(), or connect without read_only"
+            )
+        if gradient.is_sparse:
+            gradient = gradient.to_dense()
+        gradient = gradient.to(device="cpu", dtype=self.config.reduce_dtype or gradient.dtype).contiguous()
+        self.job.transfer.push(
+            remote,
+            gradient,
+            PushKind.GRADIENT,
+            step=self.job.step,
+            sequence=state.contributions,
+            limit=self.config.max_inflight_push_bytes,
+        )
+        state.contributions += 1
+        self._gradients.add(state)
+
+    # ------------------------------------------------------------ steps
+
+    def stepped(self) -> None:
+        """The job went one step on: what is here is of the version before."""
+        self.coordinator.sweep()
+        self.pending_scales.clear()
+        for state in self.states:
+            state.contributions = 0
+
+    def drop_gradients(self, states: Sequence[OffloadedParameter]) -> None:
+        """Has the servers forget this trainer's gradients of some parameters."""
+        self.coordinator.sweep()
+        if not self._gradients.intersection(states):
+            return
+        self.job.check()
+        self.job.transfer.flush()
+        self.pending_scales.clear()
+        indices = [] if len(states) == len(self.states) else [s.remote.index for s in states if s.remote is not None]
+        call_all(
+            self.job.servers,
+            "ZeroGrad",
+            lambda server: pb.ZeroGradRequest(session_id=server.session_id, step=self.job.step, parameters=indices),
+            self.job.timeout,
+        )
+        self._gradients.difference_update(states)
+        for state in states:
+            state.contributions = 0
+
+    # ------------------------------------------------------------ buffers
+
+    def write_buffers(self) -> None:
+        """Sends the persistent buffers as they are, to become part of a commit."""
+        for buffer, remote in self._buffers:
+            data = buffer().detach().to("cpu").contiguous()
+            self.job.transfer.push(remote, data, PushKind.WEIGHT, step=self.job.step)
+        self.job.transfer.flush()
+
+    def _read_buffers(self) -> None:
+        if not self._buffers:
+            return
+        targets = [(buffer(), remote) for buffer, remote in self._buffers]
+        landed = [torch.empty(t.numel() * t.element_size(), dtype=torch.uint8) for t, _ in targets]
+        self.job.transfer.pull(
+            [Destination(remote, data, t.dtype) for (t, remote), data in zip(targets, landed, strict=True)],
+            self.job.step,
+        ).wait()
+        with torch.no_grad():
+            for (target, _), data in zip(targets, landed, strict=True):
+                target.copy_(data.view(target.dtype).reshape(target.shape))
+
+
+def _has_buffer(model: nn.Module, name: str) -> bool:
+    path, _, leaf = name.rpartition(".")
+    return leaf in model.get_submodule(path)._buffers
+
+
+def _materialised(model: nn.Module, name: str, device: torch.device | None) -> Callable[[], torch.Tensor]:
+    """A getter for a buffer, which modules may assign anew; a meta buffer becomes a real one first."""
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    buffer = module._buffers[leaf]
+    assert buffer is not None
+    if buffer.is_meta:
+        module._buffers[leaf] = torch.empty_like(buffer, device=device or "cpu")
+
+    def get() -> torch.Tensor:
+        found = module._buffers[leaf]
+        assert found is not None
+        return found
+
+    return get

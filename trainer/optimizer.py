@@ -1,0 +1,193 @@
+"""`trainer.RemoteOptimizer`: a torch optimizer whose arithmetic runs where the state is."""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, overload
+
+import torch
+from torch.optim import Optimizer
+
+from protos import values
+from protos import zero_ps_pb2 as pb
+from trainer.errors import ConfigError, JobMismatch, RequestRefused
+from trainer.job import Job
+from trainer.offload import OffloadedModel
+from trainer.parameter import OffloadedParameter, offloaded
+from trainer.server import call_all
+
+
+class RemoteOptimizer(Optimizer):
+    """Runs an element-wise class of `torch.optim` on the job's servers.
+
+    params: parameters of one offloaded model, or param groups of them.
+    cls: the class, as `torch.optim.AdamW`; servers use its fused variant where torch has one, unless
+        `fused=False` or `foreach` is given.
+    defaults: the class's own arguments.
+
+    Groups and their options may be changed between steps, so learning rate schedulers work. `step` sends
+    the options and returns; servers update chunk by chunk while the next forward already pulls.
+    Gradients leave during backward and are averaged over trainers; `param.grad` stays None. As in
+    torch they add up until `zero_grad`.
+
+    Raises ConfigError for a class or an argument that cannot work, JobMismatch when the job's state
+    belongs to another class.
+    """
+
+    def __init__(self, params: Iterable[Any], cls: type[Optimizer], **defaults: Any) -> None:
+        name: str = getattr(cls, "__name__", str(cls))
+        if getattr(torch.optim, name, None) is not cls:
+            raise ConfigError(
+                f"{name} is not a class of torch.optim; servers run its classes by name, as torch.optim.AdamW"
+            )
+        template = cls([torch.nn.Parameter(torch.zeros(1))], **defaults)
+        self._class_name = name
+        self._model: OffloadedModel | None = None
+        self._ready = False
+        super().__init__(params, template.defaults)
+        self.job: Job = self._owner.job
+        self._send_groups()
+        self._ready = True
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group; its parameters have to be of the same offloaded model."""
+        super().add_param_group(param_group)
+        for param in self.param_groups[-1]["params"]:
+            state = offloaded(param)
+            if state is None and param.numel() == 0:
+                continue
+            if state is None or not isinstance(state.owner, OffloadedModel):
+                raise ConfigError(
+                    f"a parameter of shape {tuple(param.shape)} is not offloaded; call trainer.offload(model, job) "
+                    "before RemoteOptimizer, and give what stays local to an optimizer of torch"
+                )
+            if self._model is not None and state.owner is not self._model:
+                raise ConfigError(
+                    f"parameter {state.name!r} is of another offloaded model; make one RemoteOptimizer for each model"
+                )
+            self._model = state.owner
+        if self._model is None:
+            raise ConfigError("RemoteOptimizer got only empty parameters; there is nothing to optimize")
+        if self._ready:
+            self._send_groups()
+
+    def _send_groups(self) -> None:
+        job = self.job
+        groups = [
+            pb.OptimizerGroup(
+                options=self._options(group),
+                parameters=[s.remote.index for p in group["params"] if (s := offloaded(p)) is not None and s.remote],
+            )
+            for group in self.param_groups
+        ]
+        try:
+            call_all(
+                job.servers,
+                "SetOptimizer",
+                lambda server: pb.SetOptimizerRequest(
+                    session_id=server.session_id, class_name=self._class_name, groups=groups
+                ),
+                job.timeout,
+            )
+        except RequestRefused as error:
+            raise JobMismatch(str(error)) from None
+
+    def _options(self, group: dict[str, Any]) -> dict[str, pb.Value]:
+        try:
+            # Schedulers keep notes of their own in the groups; only what the class knows goes out.
+            return values.encode_options({name: group[name] for name in self.defaults})
+        except TypeError as error:
+            raise ConfigError(str(error)) from None
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Has the servers apply the gradients that all trainers pushed since the last `zero_grad`.
+
+        Returns when every gradient of this trainer has arrived, not when the update is done: the next
+        use of a parameter waits for its own. Parameters that got no gradient on any trainer stay as they
+        are. A closure is refused with ConfigError.
+        """
+        if closure is not None:
+            raise ConfigError(
+                "RemoteOptimizer.step() takes no closure: the update runs on the servers and cannot call back. Compute "
+                "the loss and its gradients before step()"
+            )
+        job = self.job
+        job.check()
+        job.transfer.flush()
+        scales = [pb.GradScale(parameters=indices, scale=scale) for indices, scale in self._owner.pending_scales]
+        call_all(
+            job.servers,
+            "Step",
+            lambda server: pb.StepRequest(
+                session_id=server.session_id,
+                step=job.step,
+                groups=[pb.OptimizerGroup(options=self._options(group)) for group in self.param_groups],
+                scales=scales,
+            ),
+            job.timeout,
+        )
+        job.step += 1
+        self._owner.stepped()
+        return None
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drops the gradients that were pushed, for the parameters of this optimizer.
+
+        set_to_none: servers hold no gradient afterwards in either case.
+        """
+        self._owner.drop_gradients(
+            [s for group in self.param_groups for p in group["params"] if (s := offloaded(p)) is not None]
+        )
+
+    @property
+    def _owner(self) -> OffloadedModel:
+        assert self._model is not None
+        return self._model
+
+
+def clip_grad_norm_(
+    params: torch.Tensor | Iterable[torch.Tensor], max_norm: float, norm_type: float = 2.0
+) -> torch.Tensor:
+    """Clips the gradients of offloaded parameters to a global norm, where they are.
+
+    The norm is that of the gradients averaged over trainers, so every rank has to call this, after its
+    last backward of the step; the factor is applied by the next `step`.
+
+    Returns the norm before clipping, a 0-d fp32 tensor, as `torch.nn.utils.clip_grad_norm_` does.
+    """
+    params = [params] if isinstance(params, torch.Tensor) else list(params)
+    states: list[OffloadedParameter] = [s for p in params if (s := offloaded(p)) is not None]
+    if not states:
+        return torch.tensor(0.0)
+    owner = states[0].owner
+    if not isinstance(owner, OffloadedModel) or any(state.owner is not owner for state in states):
+        raise ConfigError("clip_grad_norm_ needs the parameters of one offloaded model")
+    job = owner.job
+    job.check()
+    job.transfer.flush()
+    indices = [state.remote.index for state in states if state.remote is not None]
+    responses: list[pb.GradNormResponse] = call_all(
+        job.servers,
+        "GradNorm",
+        lambda server: pb.GradNormRequest(
+            session_id=server.session_id,
+            step=job.step,
+            parameters=indices,
+            norm_type=norm_type,
+            timeout_seconds=job.timeout,
+        ),
+        job.timeout + 5,
+    )
+    norms = [norm for response in responses for norm in response.chunk_norms]
+    if math.isinf(norm_type):
+        total = max(norms, default=0.0)
+    else:
+        total = math.fsum(norm**norm_type for norm in norms) ** (1.0 / norm_type)
+    # In fp32, as torch computes it.
+    norm = torch.tensor(total, dtype=torch.float32)
+    scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0).item()
+    owner.pending_scales.append((indices, scale))
+    return norm

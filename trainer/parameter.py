@@ -1,0 +1,196 @@
+"""One parameter that lives on the servers: what is here of it, and since when.
+
+A released parameter keeps its identity and its shape; only its storage is empty. Gathering refills that
+same storage, so views of the parameter that autograd saved come back to life with it.
+"""
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+import torch
+from torch import nn
+
+from trainer.released import released_class
+
+if TYPE_CHECKING:
+    from trainer.offload import OffloadedModel
+    from trainer.transfer import RemoteParameter
+
+_ATTRIBUTE = "_zero_ps"
+
+NOT_HERE = -1
+"""`OffloadedParameter.version` while there are no bytes, or bytes that no longer count."""
+
+
+class Owner(Protocol):
+    """Who decides what happens when a released parameter is used: the construction, later the model."""
+
+    def touch(self, states: Sequence["OffloadedParameter"], func: Callable[..., Any]) -> None:
+        """Makes the parameters usable for a call of `func`, or raises an error that names them."""
+
+
+class OffloadedParameter:
+    """The state of one parameter.
+
+    name: fully qualified once the model is known.
+    remote: where it is on the servers, once it is there.
+    version: of the bytes that are in the parameter's storage, or NOT_HERE.
+    active: how many running forwards and `gathered` contexts use the parameter. While there are any the
+        parameter is of its plain class and stays.
+    saved: how many nodes of autograd graphs will need the parameter again.
+    persistent: stays gathered between uses.
+    contributions: gradients that were pushed in the running step.
+    edition: how often `gathered(modify=True)` changed the values, with a fingerprint of the latest.
+    """
+
+    def __init__(self, param: nn.Parameter, name: str, owner: Owner) -> None:
+        self.name = name
+        self.owner = owner
+        self.shape = tuple(param.shape)
+        self.numel = param.numel()
+        self.remote: RemoteParameter | None = None
+        self.active = 0
+        self.saved = 0
+        self.persistent = False
+        self.contributions = 0
+        self.edition: tuple[int, tuple[int, ...]] = (0, ())
+        self.gradient_hook: torch.utils.hooks.RemovableHandle | None = None
+        self._plain_class = type(param)
+        self._param = weakref.ref(param)
+        self.version = NOT_HERE
+        self.adopt_storage()
+        setattr(param, _ATTRIBUTE, self)
+
+    def __repr__(self) -> str:
+        return f"OffloadedParameter({self.name!r}, shape={self.shape}, version={self.version}, active={self.active})"
+
+    def __deepcopy__(self, memo: object) -> "OffloadedParameter":
+        raise self.not_copyable()
+
+    def __reduce_ex__(self, protocol: object) -> tuple[object, ...]:
+        raise self.not_copyable()
+
+    def not_copyable(self) -> TypeError:
+        return TypeError(
+            f"parameter {self.name!r} is offloaded and cannot be copied or pickled; call trainer.remove(model) "
+            "for a plain model first, or copy inside 'with trainer.gathered(...)' by clone()"
+        )
+
+    @property
+    def param(self) -> nn.Parameter:
+        param = self._param()
+        if param is None:
+            raise RuntimeError(f"parameter {self.name!r} does not exist any more")
+        return param
+
+    @property
+    def model(self) -> "OffloadedModel":
+        """The offloaded model that the parameter is of; not to be asked during construction."""
+        return cast("OffloadedModel", self.owner)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+    @property
+    def resident_bytes(self) -> int:
+        return self.storage.nbytes()
+
+    def adopt_storage(self) -> None:
+        """Notes the storage that the parameter has now: after it was made, moved or assigned to."""
+        param = self.param
+        with torch._C.DisableTorchFunctionSubclass():
+            self.storage = param.untyped_storage()
+            self.dtype = param.dtype
+            self.device = param.device
+        self.address: int = self.storage._cdata
+        self._uses = torch._C._storage_Use_Count(self.address)
+
+    # ------------------------------------------------------------ bytes
+
+    def allocate(self) -> None:
+        """Gives the storage its bytes, with undefined content."""
+        if self.storage.nbytes() != self.nbytes:
+            self.storage.resize_(self.nbytes)
+
+    def free(self) -> None:
+        """Gives the bytes back."""
+        self.version = NOT_HERE
+        self.storage.resize_(0)
+
+    def bytes_view(self) -> torch.Tensor:
+        """The parameter's bytes as a 1-d uint8 tensor over the same storage."""
+        return torch.empty(0, dtype=torch.uint8, device=self.device).set_(self.storage, 0, (self.nbytes,), (1,))
+
+    def landing(self) -> torch.Tensor:
+        """A 1-d uint8 CPU tensor for the bytes to arrive in: the storage itself, where that is on the CPU."""
+        if self.device.type == "cpu":
+            return self.bytes_view()
+        return torch.empty(self.nbytes, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+
+    def land(self, landing: torch.Tensor) -> None:
+        """Brings bytes that arrived in `landing` to the storage, in the order of the current stream."""
+        if self.device.type != "cpu":
+            self.bytes_view().copy_(landing, non_blocking=True)
+
+    def view(self, size: Sequence[int], stride: Sequence[int], offset: int, dtype: torch.dtype) -> torch.Tensor:
+        """A tensor over the same storage that autograd knows nothing of."""
+        return torch.empty(0, dtype=dtype, device=self.device).set_(self.storage, offset, size, stride)
+
+    def whole(self) -> torch.Tensor:
+        """The gathered parameter's values, in its shape, without its autograd identity."""
+        return self.view(self.shape, _contiguous_stride(self.shape), 0, self.dtype)
+
+    @property
+    def aliased(self) -> bool:
+        """Whether something outside of this package holds a view of the storage."""
+        return torch._C._storage_Use_Count(self.address) > self._uses
+
+    # ------------------------------------------------------------ class
+
+    def activate(self) -> None:
+        """Makes the parameter an ordinary one; its bytes have to be here."""
+        self.active += 1
+        if self.active == 1:
+            self.param.__class__ = self._plain_class
+
+    def deactivate(self) -> None:
+        """Ends one use; after the last one every access is caught."""
+        self.active -= 1
+        if self.active == 0:
+            self.guard()
+
+    def guard(self) -> None:
+        """Has every access to the parameter go through `trainer.released`."""
+        self.param.__class__ = released_class(self._plain_class)
+
+    def detach_class(self) -> None:
+        """Takes the guard off without counting a use."""
+        self.param.__class__ = self._plain_class
+
+    def detach(self) -> None:
+        """Makes the parameter an ordinary one for good."""
+        param = self.param
+        self.detach_class()
+        if self.gradient_hook is not None:
+            self.gradient_hook.remove()
+            self.gradient_hook = None
+        if getattr(param, _ATTRIBUTE, None) is self:
+            delattr(param, _ATTRIBUTE)
+
+
+def offloaded(param: torch.Tensor) -> OffloadedParameter | None:
+    """The state of a parameter that is offloaded, else None."""
+    # Through __dict__: `getattr` on a missing name is many times as slow, and this is asked for every
+    # parameter of every module call.
+    state = param.__dict__.get(_ATTRIBUTE)
+    return state if isinstance(state, OffloadedParameter) else None
+
+
+def _contiguous_stride(shape: Sequence[int]) -> tuple[int, ...]:
+    stride, result = 1, []
+    for size in reversed(shape):
+        result.append(stride)
+        stride *= size
+    return tuple(reversed(result))

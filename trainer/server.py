@@ -1,0 +1,132 @@
+"""One server as a trainer sees it: its address, its channel, its calls."""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import grpc
+
+from protos import MAX_MESSAGE_BYTES, PROTOCOL_VERSION
+from protos import zero_ps_pb2 as pb
+from protos import zero_ps_pb2_grpc as pb_grpc
+from trainer.errors import ConfigError, ConnectError
+from trainer.rpc import from_rpc_error
+
+_OPTIONS = [
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    # Two jobs of one process must not share a connection: one's bulk would delay the other's control.
+    ("grpc.use_local_subchannel_pool", 1),
+]
+
+
+class Server:
+    """A connection to the parameter server at `address` ("host:port")."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self.session_id = ""
+        self._channel = grpc.insecure_channel(address, options=_OPTIONS)
+        self.stub = pb_grpc.ParameterServerStub(self._channel)
+
+    def wait_ready(self, timeout: float) -> None:
+        """Returns when the server answers; ConnectError, naming the address, after `timeout` seconds."""
+        try:
+            grpc.channel_ready_future(self._channel).result(timeout=timeout)
+        except grpc.FutureTimeoutError:
+            raise ConnectError(
+                f"no parameter server answers at {self.address} after {timeout:g} s; check the address and "
+                f"that the server runs (zero-ps serve --shard I/N --data-dir DIR --listen {self.address})"
+            ) from None
+
+    def describe(self, timeout: float) -> pb.StatusResponse:
+        """The server's status; ConnectError when it speaks another version of the protocol."""
+        status: pb.StatusResponse = self.call("Status", pb.StatusRequest(), timeout)
+        if status.protocol_version != PROTOCOL_VERSION:
+            raise ConnectError(
+                f"server {self.address} speaks protocol version {status.protocol_version} (zero-ps "
+                f"{status.package_version}), this trainer speaks version {PROTOCOL_VERSION}; install the same "
+                "zero-ps on both"
+            )
+        return status
+
+    def start(self, method: str, request: object, timeout: float) -> "grpc.Future[Any]":
+        """Sends a unary call and returns its future."""
+        call: grpc.Future[Any] = getattr(self.stub, method).future(request, timeout=timeout)
+        return call
+
+    def call(self, method: str, request: object, timeout: float) -> Any:
+        """A unary call; raises this package's errors."""
+        return self.finish(self.start(method, request, timeout))
+
+    def finish(self, call: "grpc.Future[Any]") -> Any:
+        try:
+            return call.result()
+        except grpc.RpcError as error:
+            raise from_rpc_error(error, self.address) from None
+
+    def close(self) -> None:
+        self._channel.close()
+
+
+def call_all(servers: Sequence[Server], method: str, request: Callable[[Server], object], timeout: float) -> list[Any]:
+    """The same call to every server at once; the responses by shard.
+
+    Waits for all of them also when one fails, so that no server is left with half of a conversation,
+    and then raises the first error.
+    """
+    calls = [server.start(method, request(server), timeout) for server in servers]
+    responses: list[Any] = []
+    failure: Exception | None = None
+    for server, call in zip(servers, calls, strict=True):
+        try:
+            responses.append(server.finish(call))
+        except Exception as error:
+            failure = failure or error
+    if failure is not None:
+        raise failure
+    return responses
+
+
+def find_servers(addresses: str | Sequence[str], timeout: float) -> list[Server]:
+    """Connects to a complete set of servers and returns them by shard.
+
+    Raises ConfigError for addresses that are no addresses, and ConnectError when one does not answer
+    or the servers found do not make up all shards of one set.
+    """
+    parsed = parse_addresses(addresses)
+    deadline = time.monotonic() + timeout
+    servers = [Server(address) for address in parsed]
+    try:
+        statuses = []
+        for server in servers:
+            server.wait_ready(max(deadline - time.monotonic(), 0.1))
+            statuses.append(server.describe(max(deadline - time.monotonic(), 1.0)))
+        found = ", ".join(
+            f"{server.address} is shard {s.shard}/{s.num_shards}" for server, s in zip(servers, statuses, strict=True)
+        )
+        if any(status.num_shards != len(servers) for status in statuses):
+            raise ConnectError(
+                f"{len(servers)} server address(es) were given, but {found}; name every server of one set"
+            )
+        by_shard = {status.shard: server for status, server in zip(statuses, servers, strict=True)}
+        if len(by_shard) != len(servers):
+            raise ConnectError(f"two servers hold the same shard: {found}; name every server of one set once")
+        return [by_shard[shard] for shard in range(len(servers))]
+    except Exception:
+        for server in servers:
+            server.close()
+        raise
+
+
+def parse_addresses(addresses: str | Sequence[str]) -> list[str]:
+    """ "host:port,host:port" or a sequence of them as a list; ConfigError names what is not an address."""
+    parts = addresses.split(",") if isinstance(addresses, str) else list(addresses)
+    parts = [part.strip() for part in parts]
+    for part in parts:
+        host, colon, port = part.rpartition(":")
+        if not host or not colon or not port.isdigit() or not 0 < int(port) < 65536:
+            raise ConfigError(f"{part!r} is not a server address; write host:port, as in 127.0.0.1:7070")
+    if len(set(parts)) != len(parts):
+        raise ConfigError(f"a server address is named twice: {', '.join(parts)}")
+    return parts

@@ -1,0 +1,198 @@
+"""Moves whole parameters between this process and the servers that hold their chunks."""
+
+import functools
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from protos.layout import ChunkGrid
+from trainer.errors import DeadlineExceeded
+from trainer.links import Pull, Push, PushKind
+
+if TYPE_CHECKING:
+    from trainer.job import Job
+
+GRACE_SECONDS = 5.0
+"""How much longer than the server the trainer waits, so that the server's reason arrives first."""
+
+
+@dataclass(frozen=True)
+class RemoteParameter:
+    """Where a parameter is on the servers.
+
+    index: in the job's manifest (while a model is built: its staging id).
+    dtype: as stored.
+    shards: of each chunk of the grid.
+    """
+
+    index: int
+    name: str
+    dtype: torch.dtype
+    grid: ChunkGrid
+    shards: tuple[int, ...]
+    staged: bool = False
+
+
+@dataclass(frozen=True)
+class Destination:
+    """A parameter to pull and where its bytes go.
+
+    buffer: 1-d uint8 CPU tensor of the whole parameter in `dtype`.
+    """
+
+    remote: RemoteParameter
+    buffer: torch.Tensor
+    dtype: torch.dtype
+
+
+class Arrival:
+    """Parameters on their way."""
+
+    def __init__(self, futures: Sequence["Future[None]"], what: str, timeout: float) -> None:
+        self._futures = futures
+        self._what = what
+        self._timeout = timeout
+
+    def wait(self) -> None:
+        """Returns when all bytes are there; raises what went wrong, or DeadlineExceeded."""
+        deadline = time.monotonic() + self._timeout + GRACE_SECONDS
+        for future in self._futures:
+            try:
+                future.result(timeout=max(deadline - time.monotonic(), 0.0))
+            except TimeoutError as error:
+                if future.done():
+                    raise
+                raise DeadlineExceeded(
+                    f"{self._what} did not arrive within {self._timeout:g} s; see 'zero-ps status'"
+                ) from error
+
+
+class Transfer:
+    """Splits parameters into the chunks of each server and puts them together again."""
+
+    def __init__(self, job: "Job") -> None:
+        self._job = job
+        self._lock = threading.Condition()
+        self._inflight_bytes = 0
+        self._error: BaseException | None = None
+
+    def pull(self, destinations: Sequence[Destination], version: int) -> Arrival:
+        """Asks for parameters at one version, in the order given: one request to each server and dtype."""
+        futures = []
+        for dtype in dict.fromkeys(d.dtype for d in destinations):
+            group = [d for d in destinations if d.dtype == dtype]
+            for shard, link in enumerate(self._job.links):
+                chunks: list[tuple[int, int]] = []
+                buffers: list[torch.Tensor] = []
+                for destination in group:
+                    for chunk, part in _parts(destination.remote, destination.buffer, destination.dtype, shard):
+                        chunks.append((destination.remote.index, chunk))
+                        buffers.append(part)
+                if chunks:
+                    pull = Pull(
+                        version=version,
+                        chunks=chunks,
+                        destinations=buffers,
+                        dtype=dtype,
+                        timeout=self._job.timeout,
+                        staged=group[0].remote.staged,
+                    )
+                    futures.append(link.pull(pull))
+        self._job.stats.bytes_pulled += sum(d.buffer.numel() for d in destinations)
+        names = ", ".join(d.remote.name for d in destinations[:3]) + (", ..." if len(destinations) > 3 else "")
+        return Arrival(futures, f"{names} at version {version}", self._job.timeout)
+
+    def push(
+        self,
+        remote: RemoteParameter,
+        tensor: torch.Tensor,
+        kind: PushKind,
+        *,
+        step: int,
+        sequence: int = 0,
+        chunks: Iterable[int] | None = None,
+        limit: int | None = None,
+    ) -> None:
+        """Sends a whole parameter, or some of its chunks, without waiting for the acknowledgement.
+
+        tensor: contiguous CPU tensor of the parameter's shape. Kept until acknowledged, so it must not
+            be changed before `flush`.
+        limit: waits first until no more than this many bytes are on their way (one tensor may always be).
+        """
+        self.check()
+        data = tensor.reshape(-1).view(torch.uint8)
+        wanted = None if chunks is None else set(chunks)
+        for shard, link in enumerate(self._job.links):
+            parts = [
+                (chunk, part)
+                for chunk, part in _parts(remote, data, tensor.dtype, shard)
+                if wanted is None or chunk in wanted
+            ]
+            if not parts:
+                continue
+            size = sum(part.numel() for _, part in parts)
+            self._reserve(size, limit)
+            self._job.stats.bytes_pushed += size
+            future = link.push(
+                Push(
+                    kind=kind,
+                    step=step,
+                    chunks=[(remote.index, chunk) for chunk, _ in parts],
+                    sources=[part for _, part in parts],
+                    dtype=tensor.dtype,
+                    sequence=sequence,
+                )
+            )
+            future.add_done_callback(functools.partial(self._acknowledged, size))
+
+    def flush(self) -> None:
+        """Waits until everything that was pushed is acknowledged; raises the first error of any push."""
+        with self._lock:
+            if not self._lock.wait_for(
+                lambda: self._error is not None or self._inflight_bytes == 0, self._job.timeout + GRACE_SECONDS
+            ):
+                raise DeadlineExceeded(
+                    f"{self._inflight_bytes} bytes pushed to the servers were not acknowledged within "
+                    f"{self._job.timeout:g} s; see 'zero-ps status'"
+                )
+        self.check()
+
+    def check(self) -> None:
+        """Raises the error of a push that failed since; the step that it belonged to cannot be completed."""
+        if self._error is not None:
+            raise self._error
+
+    def _reserve(self, size: int, limit: int | None) -> None:
+        with self._lock:
+            if limit is not None and not self._lock.wait_for(
+                lambda: self._error is not None or self._inflight_bytes == 0 or self._inflight_bytes + size <= limit,
+                self._job.timeout + GRACE_SECONDS,
+            ):
+                raise DeadlineExceeded(
+                    f"{self._inflight_bytes} bytes pushed to the servers were not acknowledged within "
+                    f"{self._job.timeout:g} s; see 'zero-ps status'"
+                )
+            self._inflight_bytes += size
+        self.check()
+
+    def _acknowledged(self, size: int, future: "Future[None]") -> None:
+        with self._lock:
+            self._inflight_bytes -= size
+            if not future.cancelled() and future.exception() is not None:
+                self._error = self._error or future.exception()
+            self._lock.notify_all()
+
+
+def _parts(
+    remote: RemoteParameter, data: torch.Tensor, dtype: torch.dtype, shard: int
+) -> Iterable[tuple[int, torch.Tensor]]:
+    """The chunks of a parameter that a shard holds, each with its part of the parameter's bytes."""
+    for chunk, owner in enumerate(remote.shards):
+        if owner == shard:
+            start, stop = remote.grid.element_range(chunk)
+            yield chunk, data.narrow(0, start * dtype.itemsize, (stop - start) * dtype.itemsize)
