@@ -1,0 +1,152 @@
+"""Reads the chunks of one generation back, ahead of whoever takes them."""
+
+import math
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from protos.layout import ChunkGrid, place_all
+from ps.store.arrays import ChunkedArray, state_array, value_array
+from ps.store.chunk_files import ChunkFiles, Span
+from ps.store.contents import ChunkState, GenerationHeader, StateArray
+from ps.store.errors import DamagedError
+from ps.store.shard_file import HeldChunks
+
+BATCH_BYTES = 16 << 20
+"""Chunks are read in batches of about this size, one allocation and one call each."""
+
+THREADS = 4
+"""Batches in flight. Measured: one or two leave the disk idle in between, more gain nothing."""
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """One file to read, and the tensor that it becomes."""
+
+    array: ChunkedArray
+    chunk: int
+    shape: tuple[int, ...]
+    name: str | None  # of optimizer state; None for the weight
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * self.array.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    parameter: int
+    chunk: int
+    tensors: tuple[_Tensor, ...]
+
+
+class ChunkReader:
+    """Reads a shard's chunks in the order of the manifest.
+
+    remedy: what a message tells to do about a damaged file.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        header: GenerationHeader,
+        states: dict[str, StateArray],
+        held: HeldChunks,
+        remedy: str,
+    ) -> None:
+        self._folder = folder
+        self._header = header
+        self._states = states
+        self._held = held
+        self._remedy = remedy
+        self._files = ChunkFiles(folder)
+
+    def __iter__(self) -> Iterator[ChunkState]:
+        """Every chunk. The tensors of chunks that are small, or neighbours of small ones, may be views of
+        one allocation of about `BATCH_BYTES`. Raises DamagedError, naming the file.
+        """
+        running: deque[Future[list[ChunkState]]] = deque()
+        executor = ThreadPoolExecutor(THREADS, thread_name_prefix="store-read")
+        try:
+            for batch in self._batches():
+                running.append(executor.submit(self._read, batch))
+                if len(running) > THREADS:
+                    yield from running.popleft().result()
+            while running:
+                yield from running.popleft().result()
+        finally:
+            executor.shutdown(cancel_futures=True)
+
+    def _chunks(self) -> Iterator[_Chunk]:
+        header = self._header
+        placement = place_all([p.shape for p in header.manifest], header.num_shards)
+        for index, (parameter, shards) in enumerate(zip(header.manifest, placement, strict=True)):
+            grid = ChunkGrid.of(parameter.shape)
+            for chunk, shard in enumerate(shards):
+                if shard != header.shard:
+                    continue
+                shape = grid.chunk_shape(chunk)
+                weight = value_array(parameter)
+                if (weight, chunk) not in self._held:
+                    raise DamagedError(
+                        f"the generation in {self._folder} does not list chunk {chunk} of {weight.path}, "
+                        f"which shard {header.shard}/{header.num_shards} holds; {self._remedy}"
+                    )
+                tensors = [_Tensor(weight, chunk, shape, None)]
+                for state in self._states.values() if parameter.has_state else ():
+                    array = state_array(parameter, state)
+                    if (array, chunk) in self._held:
+                        tensors.append(_Tensor(array, chunk, shape if state.per_element else (), state.name))
+                yield _Chunk(index, chunk, tuple(tensors))
+
+    def _batches(self) -> Iterator[list[_Chunk]]:
+        batch: list[_Chunk] = []
+        size = 0
+        for chunk in self._chunks():
+            chunk_bytes = sum(tensor.bytes for tensor in chunk.tensors)
+            if batch and size + chunk_bytes > BATCH_BYTES:
+                yield batch
+                batch, size = [], 0
+            batch.append(chunk)
+            size += chunk_bytes
+        if batch:
+            yield batch
+
+    def _read(self, batch: list[_Chunk]) -> list[ChunkState]:
+        spans, offset = [], 0
+        for tensor in (tensor for chunk in batch for tensor in chunk.tensors):
+            span = Span(tensor.array.chunk_key(tensor.chunk), tensor.array.chunk_bytes, offset, tensor.bytes)
+            self._check_size(span)
+            spans.append(span)
+            # Each tensor begins where any dtype may, and on a cache line.
+            offset += -(-tensor.bytes // 64) * 64
+        buffer = torch.empty(offset, dtype=torch.uint8)
+        try:
+            self._files.read(spans, buffer)
+        except OSError as error:
+            raise DamagedError(f"cannot read chunks in {self._folder}: {error}; {self._remedy}") from error
+        places = iter(spans)
+        return [_assemble(chunk, places, buffer) for chunk in batch]
+
+    def _check_size(self, span: Span) -> None:
+        file = self._folder / span.key
+        try:
+            size = file.stat().st_size
+        except OSError as error:
+            raise DamagedError(f"cannot read {file}: {error.strerror}; {self._remedy}") from error
+        if size != span.file_bytes:
+            raise DamagedError(f"{file} has {size} bytes, and the chunk has {span.file_bytes}; {self._remedy}")
+
+
+def _assemble(chunk: _Chunk, places: Iterator[Span], buffer: torch.Tensor) -> ChunkState:
+    tensors: dict[str | None, torch.Tensor] = {}
+    for tensor in chunk.tensors:
+        span = next(places)
+        part = buffer[span.offset : span.offset + span.size]
+        tensors[tensor.name] = part.view(tensor.array.dtype).view(tensor.shape)
+    weight = tensors.pop(None)
+    return ChunkState(chunk.parameter, chunk.chunk, weight, {str(n): t for n, t in tensors.items()})

@@ -1,0 +1,102 @@
+"""What a generation contains, as the rest of the server sees it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from protos.values import Option
+
+ParameterKind = Literal["parameter", "buffer"]
+
+
+@dataclass(frozen=True)
+class StoredParameter:
+    """One entry of the manifest.
+
+    name: fully qualified; tied parameters appear once.
+    dtype: the dtype that is stored, which for what is trained in 16 bits is float32.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    kind: ParameterKind
+    trainable: bool
+
+    @property
+    def has_state(self) -> bool:
+        """Whether an optimizer may keep state for this parameter."""
+        return self.kind == "parameter" and self.trainable
+
+
+@dataclass(frozen=True)
+class OptimizerGroup:
+    """The options of one param group, and the indices of its parameters in the manifest."""
+
+    options: Mapping[str, Option]
+    parameters: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class OptimizerSpec:
+    """A class of `torch.optim` by name, and its param groups."""
+
+    class_name: str
+    groups: tuple[OptimizerGroup, ...]
+
+
+@dataclass(frozen=True)
+class StateArray:
+    """One kind of state that an optimizer class keeps, described the same on every server.
+
+    name: torch's own, such as `exp_avg` or `step`.
+    dtype: None means the parameter's own, which is what `torch.zeros_like(parameter)` gives.
+    per_element: True for a tensor of the parameter's shape, False for a 0-d one such as `step`.
+    """
+
+    name: str
+    dtype: torch.dtype | None
+    per_element: bool
+
+
+@dataclass(frozen=True)
+class GenerationHeader:
+    """All of a generation but its tensors.
+
+    metadata: the text of a JSON object, or "" for none; it is kept as it is.
+    """
+
+    job: str
+    step: int
+    shard: int
+    num_shards: int
+    manifest: tuple[StoredParameter, ...]
+    optimizer: OptimizerSpec | None
+    metadata: str
+
+
+@dataclass
+class ChunkState:
+    """One chunk: its weight and what the optimizer keeps for it.
+
+    parameter: index into the manifest.
+    weight: shape `ChunkGrid.chunk_shape(chunk)`, dtype as in the manifest.
+    state: by torch's own names, tensors of the weight's shape or 0-d ones. Empty if the chunk was
+        never stepped.
+    """
+
+    parameter: int
+    chunk: int
+    weight: torch.Tensor
+    state: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Written:
+    """Where a generation is, and how many bytes of chunks were written for it by this call."""
+
+    path: Path
+    bytes_written: int

@@ -1,0 +1,121 @@
+"""A server's data folder: whose it is, and that only one process uses it."""
+
+import fcntl
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from protos.names import check_job_name
+from ps.store import durable
+from ps.store.arrays import encode_document
+from ps.store.errors import DataDirError, check_format
+from ps.store.fields import Fields
+from ps.store.job_store import GENERATIONS, JobStore
+
+FORMAT = 1
+CLAIM_FILE = "zero-ps.json"
+LOCK_FILE = ".lock"
+
+
+class DataDir:
+    """The data folder of one server, claimed for shard `shard` of `num_shards`.
+
+    Opening creates the folder (mode 0700) and the file `zero-ps.json` that tells whose it is, and locks it
+    until `close` or the end of the process, however it ends. Raises DataDirError, NewerFormatError or
+    DamagedError.
+    """
+
+    def __init__(self, path: Path, shard: int, num_shards: int) -> None:
+        if not 0 <= shard < num_shards:
+            raise ValueError(f"there is no shard {shard} of {num_shards}: shards count from 0")
+        self.path = Path(path).absolute()
+        self._shard = shard
+        self._num_shards = num_shards
+        self._cannot = f"shard {shard}/{num_shards} cannot open {self.path}"
+        try:
+            durable.make_folders(self.path)
+            self._lock: int | None = os.open(self.path / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise self._unusable(error) from error
+        try:
+            self._take_lock(self._lock)
+            self._claim()
+        except OSError as error:
+            self.close()
+            raise self._unusable(error) from error
+        except BaseException:
+            self.close()
+            raise
+
+    def jobs(self) -> list[str]:
+        """The names of the jobs that have something here."""
+        folders = (p for p in self.path.iterdir() if (p / GENERATIONS).is_dir())
+        return sorted(folder.name for folder in folders if _is_job_name(folder.name))
+
+    def job_store(self, name: str) -> JobStore:
+        """The store of one job, which need not exist yet. ValueError for a name that no job may have."""
+        if name == CLAIM_FILE:
+            raise ValueError(f"job name {name!r} is not valid: the data folder has a file of that name")
+        return JobStore(self.path, name, self._shard, self._num_shards)
+
+    def close(self) -> None:
+        """Lets other processes use the folder."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _take_lock(self, lock: int) -> None:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            pid = os.pread(lock, 32, 0).decode(errors="replace").strip()
+            by = f"the process with pid {pid}" if pid.isdigit() else "another process"
+            raise DataDirError(
+                f"{self._cannot}: {by} is using it; stop that server, or choose another --data-dir"
+            ) from error
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
+
+    def _claim(self) -> None:
+        file = self.path / CLAIM_FILE
+        if not file.exists():
+            claim = {"format": FORMAT, "shard": self._shard, "num_shards": self._num_shards}
+            durable.replace_file(file, encode_document(claim))
+            return
+        fields = Fields.of_file(file, "put back the file, or choose another --data-dir")
+        check_format(fields.integer("format", smallest=1), FORMAT, file)
+        num_shards = fields.integer("num_shards", smallest=1)
+        shard = fields.integer("shard", largest=num_shards - 1)
+        if (shard, num_shards) != (self._shard, self._num_shards):
+            jobs = self.jobs()
+            of_jobs = " of " + ", ".join(f"job {job!r}" for job in jobs[:3]) if jobs else ""
+            raise DataDirError(
+                f"{self._cannot}: it holds shard {shard}/{num_shards}{of_jobs}; start it with "
+                f"--shard {shard}/{num_shards}, or choose another --data-dir"
+            )
+
+    def _unusable(self, error: OSError) -> DataDirError:
+        return DataDirError(
+            f"{self._cannot}: {error.strerror or error}; choose a --data-dir in which this user may create "
+            "files and folders"
+        )
+
+
+def _is_job_name(name: str) -> bool:
+    try:
+        check_job_name(name)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,77 @@
+"""Files and folders that survive a crash: written, synced, and only then given their name."""
+
+import os
+import secrets
+import shutil
+from collections.abc import Iterable
+from concurrent.futures import Executor
+from pathlib import Path
+
+FOLDER_MODE = 0o700
+"""Folders are the owner's alone: weights and gradients are nobody else's business."""
+
+
+def sync(path: Path | str) -> None:
+    """Waits until a file's bytes, or a folder's entries, are on the disk."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Writes a new file and syncs it. The caller syncs the folder."""
+    with open(path, "xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Writes a file so that at any instant the old content or the new one is there."""
+    beside = path.with_name(f".{path.name}.tmp-{secrets.token_hex(4)}")
+    write_file(beside, data)
+    os.replace(beside, path)
+    sync(path.parent)
+
+
+def make_folders(path: Path) -> None:
+    """Creates a folder and its missing parents with mode 0700, each entry synced."""
+    if path.is_dir():
+        return
+    make_folders(path.parent)
+    path.mkdir(mode=FOLDER_MODE, exist_ok=True)
+    sync(path.parent)
+
+
+def sync_folders(root: Path, executor: Executor) -> None:
+    """Syncs every folder below `root`, and `root`."""
+    _drain(executor.map(sync, [folder for folder, _, _ in os.walk(root)]))
+
+
+def write_files(files: Iterable[tuple[Path, bytes]], executor: Executor) -> None:
+    """Writes and syncs many small files, several at once."""
+    _drain(executor.map(lambda file: write_file(*file), files))
+
+
+def temporary_name(folder: Path) -> Path:
+    """A new name beside `folder` that `is_temporary` recognises."""
+    return folder.with_name(f".{folder.name}.tmp-{secrets.token_hex(4)}")
+
+
+def is_temporary(name: str) -> bool:
+    return name.startswith(".") and ".tmp-" in name
+
+
+def remove_folder(folder: Path) -> None:
+    """Deletes a folder. Interrupted at any instant, it is whole or has a temporary name."""
+    doomed = temporary_name(folder)
+    folder.rename(doomed)
+    sync(folder.parent)
+    shutil.rmtree(doomed)
+
+
+def _drain(results: Iterable[None]) -> None:
+    for _ in results:
+        pass
