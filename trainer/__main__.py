@@ -1,0 +1,32 @@
+"""`python -m trainer`: the training application, which `zero-ps train` runs too."""
+
+import os
+import sys
+from collections.abc import Sequence
+
+import trainer
+from trainer.app.flags import parse
+from trainer.app.loop import train
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status 0 when done, 1 when training failed, 2 when it could not begin, 130 after Ctrl-C."""
+    settings = parse(arguments)
+    try:
+        return train(settings)
+    except (trainer.ConfigError, trainer.ConnectError, trainer.JobMismatch, ValueError) as error:
+        return _fail(error, 2)
+    except (trainer.ZeroPsError, OSError) as error:
+        return _fail(error, 1)
+    except KeyboardInterrupt:
+        return _fail("interrupted at once; what the last commit has is safe", 130)
+
+
+def _fail(error: object, status: int) -> int:
+    rank = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
+    print(f"zero-ps train{rank}: error: {error}", file=sys.stderr, flush=True)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,125 @@
+"""The training application's command line."""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from trainer.app.gpt import GPTConfig
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the flags say, checked as far as that is possible without servers."""
+
+    servers: str
+    job: str
+    model: GPTConfig
+    data: tuple[Path, ...]
+    steps: int
+    batch: int
+    lr: float
+    warmup: int
+    optimizer: str
+    clip: float | None
+    dtype: str
+    device: str
+    seed: int
+    commit_every: int
+    connect_timeout: float
+    log: Path | None
+    summary: Path | None
+
+
+def parse(arguments: Sequence[str] | None = None) -> Settings:
+    """Parses a command line; prints what is wrong and exits with status 2 when it cannot work."""
+    parser = _parser()
+    flags = parser.parse_args(arguments)
+    try:
+        model = GPTConfig(
+            layers=flags.layers, width=flags.width, heads=flags.heads, context=flags.context, tied=flags.tied
+        )
+    except ValueError as error:
+        parser.error(str(error))
+    if missing := [path for path in flags.data if not path.exists()]:
+        parser.error(f"--data {missing[0]}: there is no such file or folder")
+    return Settings(
+        servers=flags.servers,
+        job=flags.job,
+        model=model,
+        data=tuple(flags.data),
+        steps=flags.steps,
+        batch=flags.batch,
+        lr=flags.lr,
+        warmup=flags.warmup,
+        optimizer=flags.optimizer,
+        clip=flags.clip,
+        dtype=flags.dtype,
+        device=flags.device,
+        seed=flags.seed,
+        commit_every=flags.commit_every,
+        connect_timeout=flags.connect_timeout,
+        log=flags.log,
+        summary=flags.summary,
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="zero-ps train",
+        description="Trains a byte-level GPT whose parameters live on zero-ps servers. A job that the servers "
+        "know already goes on where it is. Several trainers: torchrun --nproc-per-node 2 -m trainer ...",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument_group("job").add_argument
+    add("--servers", required=True, metavar="HOST:PORT,...", help="every server of the set, in any order")
+    add("--job", default="gpt", help="the job's name on the servers")
+    add("--commit-every", type=_count, default=50, metavar="STEPS", help="0: only at the end")
+    add("--connect-timeout", type=_positive, default=20.0, metavar="SECONDS", help="for servers and trainers")
+
+    add = parser.add_argument_group("model").add_argument
+    add("--layers", type=_at_least_one, default=4, help="transformer blocks")
+    add("--width", type=_at_least_one, default=512, help="size of the residual stream")
+    add("--heads", type=_at_least_one, default=8, help="attention heads; have to divide the width")
+    add("--context", type=_at_least_one, default=64, metavar="BYTES", help="length of a sequence")
+    add("--tied", action="store_true", help="use the embedding as output projection")
+
+    add = parser.add_argument_group("training").add_argument
+    add("--data", type=Path, nargs="+", default=[], metavar="PATH", help="files or folders; none: Python's own sources")
+    add("--steps", type=_at_least_one, default=200, help="train until the job has made this many steps in all")
+    add("--batch", type=_at_least_one, default=16, metavar="SEQUENCES", help="of each trainer at each step")
+    add("--lr", type=_positive, default=5e-4, help="peak learning rate; a tenth of it at the last step")
+    add("--warmup", type=_count, default=10, metavar="STEPS", help="steps until the peak")
+    add("--optimizer", default="AdamW", metavar="CLASS", help="an element-wise class of torch.optim")
+    add("--clip", type=_positive, default=None, metavar="NORM", help="clip gradients to this global norm")
+    add("--seed", type=_count, default=0, help="of initial weights and batches")
+
+    add = parser.add_argument_group("machine").add_argument
+    add("--device", default="auto", help="auto: this rank's GPU, else the CPU")
+    add("--dtype", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 where it is fast")
+
+    add = parser.add_argument_group("reports, written by rank 0").add_argument
+    add("--log", type=Path, default=None, metavar="PATH", help="one JSON line for each step")
+    add("--summary", type=Path, default=None, metavar="PATH", help="JSON, at the end")
+    return parser
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"has to be at least 0, not {value}")
+    return value
+
+
+def _at_least_one(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"has to be at least 1, not {value}")
+    return value
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"has to be a number above 0, not {text}")
+    return value

@@ -1,0 +1,200 @@
+"""The training loop. Everything of zero-ps that a training script needs is in `train`."""
+
+import json
+import math
+import signal
+import time
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import nn
+
+import trainer
+from trainer.app import data, machine
+from trainer.app.flags import Settings
+from trainer.app.gpt import GPT
+from trainer.app.report import Report, StepReport, say, write_summary
+
+
+def train(settings: Settings) -> int:
+    """Trains until the job has made `settings.steps` steps; returns the exit status.
+
+    Raises ValueError for data or a device that cannot work, OSError for data that cannot be read, and
+    `trainer.ZeroPsError`.
+    """
+    optimizer_class = getattr(torch.optim, settings.optimizer, None)
+    if not (isinstance(optimizer_class, type) and issubclass(optimizer_class, torch.optim.Optimizer)):
+        raise ValueError(f"--optimizer {settings.optimizer}: torch.optim has no such class; AdamW is one")
+    device = machine.pick_device(settings.device)
+    dtype = machine.pick_dtype(settings.dtype, device)
+    corpus = data.Corpus.read(data.find_files(settings.data) if settings.data else data.standard_library())
+    corpus.check(settings.model.context)
+
+    with trainer.connect(settings.servers, job=settings.job, connect_timeout=settings.connect_timeout) as job:
+        torch.manual_seed(settings.seed)
+        with job.init():
+            model = GPT(settings.model)
+        trainer.offload(model, job, trainer.OffloadConfig(param_dtype=dtype), device=device)
+        optimizer = trainer.RemoteOptimizer(model.parameters(), optimizer_class, lr=settings.lr)
+
+        interrupt = Interrupt()
+        first_step = job.step
+        if job.rank == 0:
+            _introduce(settings, job, model, corpus, dtype, device)
+        report = Report(first_step=first_step, steps=settings.steps, log=settings.log, shown=job.rank == 0)
+        began = time.monotonic()
+        committed = first_step
+        moved = Moved()
+        stopped = False
+        while job.step < settings.steps and not stopped:
+            started = time.monotonic()
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(job.step, settings)
+            x, y = corpus.batch(
+                seed=settings.seed,
+                step=job.step,
+                rank=job.rank,
+                size=settings.batch,
+                context=settings.model.context,
+            )
+            loss = model(x.to(device), y.to(device))
+            loss.backward()
+            if settings.clip is not None:
+                trainer.clip_grad_norm_(model.parameters(), settings.clip)
+            optimizer.step()
+            optimizer.zero_grad()
+
+            everyone = _exchange(job, loss=loss.item(), stop=interrupt.requested, **vars(job.stats))
+            # Ranks stop together or not at all: one that went on alone would wait for the others.
+            stopped = any(one["stop"] for one in everyone)
+            pulled, pushed = moved.since(everyone)
+            report.step(
+                StepReport(
+                    step=job.step,
+                    loss=sum(one["loss"] for one in everyone) / len(everyone),
+                    seconds=time.monotonic() - started,
+                    bytes_pulled=pulled,
+                    bytes_pushed=pushed,
+                )
+            )
+            if settings.commit_every and job.step % settings.commit_every == 0:
+                job.commit(_metadata(settings, corpus))
+                committed = job.step
+        if committed < job.step:
+            job.commit(_metadata(settings, corpus))
+        report.close()
+
+        # The last exchange also keeps every session open until rank 0's commit is done.
+        everyone = _exchange(job, peak_rss_bytes=machine.peak_rss_bytes(), **vars(job.stats))
+        if job.rank == 0:
+            summary = {
+                "job": settings.job,
+                "first_step": first_step,
+                "steps": job.step,
+                "first_loss": report.first_loss,
+                "last_loss": report.loss,
+                "seconds": round(time.monotonic() - began, 3),
+                "bytes_pulled": sum(one["bytes_pulled"] for one in everyone),
+                "bytes_pushed": sum(one["bytes_pushed"] for one in everyone),
+                "peak_rss_bytes": {f"trainer-{rank}": one["peak_rss_bytes"] for rank, one in enumerate(everyone)},
+                "parameters": sum(parameter.numel() for parameter in model.parameters()),
+                "dtype": "bf16" if dtype is torch.bfloat16 else "fp32",
+                "interrupted": stopped and job.step < settings.steps,
+            }
+            if settings.summary is not None:
+                write_summary(settings.summary, summary)
+            _conclude(settings, summary)
+    return 130 if stopped and job.step < settings.steps else 0
+
+
+def learning_rate(step: int, settings: Settings) -> float:
+    """Linear warm-up to the peak, then half a cosine down to a tenth of it at `settings.steps`.
+
+    A function of the step alone, so that it needs no state when a run goes on.
+    """
+    if step < settings.warmup:
+        return settings.lr * (step + 1) / settings.warmup
+    progress = (step - settings.warmup) / max(1, settings.steps - settings.warmup)
+    return settings.lr * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
+
+
+class Interrupt:
+    """Turns Ctrl-C into a wish to stop after the running step; a second one, later, ends at once.
+
+    torchrun passes on the signal that the terminal has already sent to all processes, so a second one
+    that comes right after the first is the same Ctrl-C.
+    """
+
+    SAME_KEYSTROKE_SECONDS = 2.0
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._when = 0.0
+        signal.signal(signal.SIGINT, self._handle)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self.requested and now - self._when > self.SAME_KEYSTROKE_SECONDS:
+            raise KeyboardInterrupt
+        if not self.requested:
+            self.requested = True
+            self._when = now
+
+
+@dataclass
+class Moved:
+    """Turns every rank's totals into what all have moved since the last time."""
+
+    pulled: int = 0
+    pushed: int = 0
+
+    def since(self, everyone: list[dict[str, Any]]) -> tuple[int, int]:
+        before = self.pulled, self.pushed
+        self.pulled = sum(one["bytes_pulled"] for one in everyone)
+        self.pushed = sum(one["bytes_pushed"] for one in everyone)
+        return self.pulled - before[0], self.pushed - before[1]
+
+
+def _exchange(job: trainer.Job, **values: object) -> list[dict[str, Any]]:
+    """Every rank's values, by rank."""
+    return [json.loads(payload) for payload in job.barrier("exchange", json.dumps(values).encode())]
+
+
+def _metadata(settings: Settings, corpus: data.Corpus) -> dict[str, object]:
+    """What makes the batches, beside the step: to tell a later run that would see other data."""
+    return {"seed": settings.seed, "batch": settings.batch, "data_bytes": len(corpus)}
+
+
+def _introduce(
+    settings: Settings,
+    job: trainer.Job,
+    model: nn.Module,
+    corpus: data.Corpus,
+    dtype: torch.dtype | None,
+    device: torch.device,
+) -> None:
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    say(
+        f"job {job.name!r}: {parameters / 1e6:.1f} M parameters, {job.world_size} trainer(s) on {device.type} in "
+        f"{'bf16' if dtype is torch.bfloat16 else 'fp32'}, {len(corpus) / 1e6:.1f} MB of text"
+    )
+    if job.step >= settings.steps:
+        say(f"the job has made {job.step} steps already; to go on, give more than that with --steps")
+    elif job.step > 0:
+        say(f"going on at step {job.step}")
+    now = _metadata(settings, corpus)
+    changed = [name for name, value in job.metadata.items() if name in now and now[name] != value]
+    if changed:
+        say(f"not the same data as before: {', '.join(f'{n} {job.metadata[n]} -> {now[n]}' for n in changed)}")
+
+
+def _conclude(settings: Settings, summary: dict[str, Any]) -> None:
+    if summary["interrupted"]:
+        say(
+            f"interrupted: step {summary['steps']} of {settings.steps} is committed; the same command again goes "
+            "on from there"
+        )
+    elif summary["last_loss"] is not None:
+        say(f"committed step {summary['steps']}; loss {summary['first_loss']:.3f} -> {summary['last_loss']:.3f}")
