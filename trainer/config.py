@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from trainer.errors import ConfigError
 
@@ -15,6 +16,11 @@ class OffloadConfig:
         are refreshed together after each step: fetching a bias costs a round trip and frees nothing.
     model_persistence_threshold: the most elements that stay gathered for that reason; smaller
         parameters are preferred. Bounds what persistence may cost in memory.
+    leaf_modules: submodules that are gathered and released as one unit, with everything below them: classes,
+        or fully qualified names. For subtrees whose parts run too often or too irregularly to be hooked
+        one by one, as the experts of a mixture.
+    module_granularity_threshold: subtrees with at most this many elements are such units too. Gathers small
+        modules together; 0 hooks every module.
     param_dtype: dtype in which parameters are gathered and computed with; None keeps the model's own.
         Servers keep fp32 masters of what is trained, so 16 bits halve the bytes pulled.
     reduce_dtype: dtype in which gradients travel; None keeps that of the gradient. Servers add up in
@@ -25,15 +31,25 @@ class OffloadConfig:
 
     param_persistence_threshold: int = 100_000
     model_persistence_threshold: int = 16_000_000
+    leaf_modules: tuple[type[nn.Module] | str, ...] = ()
+    module_granularity_threshold: int = 0
     param_dtype: torch.dtype | None = None
     reduce_dtype: torch.dtype | None = None
     max_inflight_push_bytes: int = 64 << 20
 
     def __post_init__(self) -> None:
-        for name in ("param_persistence_threshold", "model_persistence_threshold", "max_inflight_push_bytes"):
+        for name in (
+            "param_persistence_threshold",
+            "model_persistence_threshold",
+            "module_granularity_threshold",
+            "max_inflight_push_bytes",
+        ):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 0:
                 raise ConfigError(f"OffloadConfig.{name} has to be a whole number of at least 0, not {value!r}")
+        for leaf in self.leaf_modules:
+            if not isinstance(leaf, str) and not (isinstance(leaf, type) and issubclass(leaf, nn.Module)):
+                raise ConfigError(f"OffloadConfig.leaf_modules takes classes of modules and names, not {leaf!r}")
         for name in ("param_dtype", "reduce_dtype"):
             dtype = getattr(self, name)
             if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):

@@ -117,6 +117,12 @@ class Construction:
             self._resident[state] = state.nbytes
         self._shrink(RESIDENT_BYTES, keep=states)
 
+    def assign(self, state: OffloadedParameter, values: torch.Tensor) -> bool:
+        return False
+
+    def converted(self, state: OffloadedParameter) -> None:
+        pass
+
     def finish(self) -> None:
         """Sends what is still here."""
         self._filling = None

@@ -31,6 +31,8 @@ class Coordinator:
         # Not released because something outside of this package holds a view of them.
         self._lingering: dict[OffloadedParameter, None] = {}
         self._unsaved: deque[OffloadedParameter] = deque()
+        # Values were assigned to released parameters; every rank has to be past that before any pulls.
+        self.assigned = False
 
     # ------------------------------------------------------------ gather
 
@@ -43,6 +45,10 @@ class Coordinator:
         if self._unsaved:
             self.release_unsaved()
         self._job.check()
+        if self.assigned:
+            self._job.transfer.flush()
+            self._job.barrier("values assigned to released parameters")
+            self.assigned = False
         destinations = []
         for state in missing:
             state.allocate()

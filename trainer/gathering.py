@@ -7,10 +7,9 @@ import torch
 from torch import nn
 
 from trainer.errors import ModifiedParameterError
-from trainer.links import PushKind
 from trainer.offload import OffloadedModel
 from trainer.parameter import NOT_HERE, OffloadedParameter, offloaded
-from trainer.transfer import Destination
+from trainer.writing import write_values
 
 Fingerprint = tuple[int, ...]
 
@@ -100,7 +99,7 @@ def _keep(model: OffloadedModel, group: list[OffloadedParameter], changed: list[
     job.barrier("leaving gathered(modify=True)")
     if job.rank == 0:
         for index in indices:
-            _write(model, by_index[index])
+            write_values(job, by_index[index], by_index[index].param.detach())
         job.transfer.flush()
     told = job.barrier("changes of gathered(modify=True)", ",".join(map(str, indices)).encode())[0]
     for text in filter(None, told.decode().split(",")):
@@ -109,15 +108,3 @@ def _keep(model: OffloadedModel, group: list[OffloadedParameter], changed: list[
             state.edition = (state.edition[0] + 1, _fingerprint(state))
         if state not in changed:
             changed.append(state)
-
-
-def _write(model: OffloadedModel, state: OffloadedParameter) -> None:
-    job, remote = model.job, state.remote
-    assert remote is not None
-    values = state.param.detach().to("cpu").contiguous()
-    if values.dtype != remote.dtype:
-        data = torch.empty(state.numel * remote.dtype.itemsize, dtype=torch.uint8)
-        job.transfer.pull([Destination(remote, data, remote.dtype)], job.step).wait()
-        stored = data.view(remote.dtype).reshape(values.shape)
-        values = torch.where(stored.to(values.dtype) == values, stored, values.to(remote.dtype))
-    job.transfer.push(remote, values, PushKind.WEIGHT, step=job.step, limit=64 << 20)

@@ -62,11 +62,13 @@ def current_frame() -> Frame | None:
 class Unit:
     """A submodule with its hooks.
 
+    leaf: whether it is gathered together with everything below it, which has no hooks then.
     external: parameters of other modules that its forward was seen to use.
     """
 
-    def __init__(self, module: nn.Module, name: str, model: "OffloadedModel") -> None:
+    def __init__(self, module: nn.Module, name: str, model: "OffloadedModel", leaf: bool) -> None:
         self.module = module
+        self.leaf = leaf
         self.name = name
         self.model = model
         self.external: dict[OffloadedParameter, None] = {}
@@ -90,19 +92,17 @@ class Unit:
         frame = Frame(self)
         # First of all, so that the hook after forward finds it whatever happens here.
         stack.append(frame)
-        states = [
-            state
-            for param in module._parameters.values()
-            if param is not None and (state := offloaded(param)) is not None
-        ]
+        params = module.parameters() if self.leaf else module._parameters.values()
+        states = [state for param in params if param is not None and (state := offloaded(param)) is not None]
         if self.external:
             states += [state for state in self.external if state not in states]
-        if states:
-            frame.use(states)
-            if torch.is_grad_enabled():
-                frame.hooks_saved = saved.push_hooks()
-                for state in states:
-                    state.model.watch_gradient(state)
+        frame.use(states)
+        if torch.is_grad_enabled():
+            # Also for a module without parameters: it may turn out to use another's, and torch's stack of
+            # hooks has to be left as it was found, so they cannot be pushed in the middle.
+            frame.hooks_saved = saved.push_hooks()
+            for state in states:
+                state.model.watch_gradient(state)
 
     def _after_forward(self, module: nn.Module, args: object, output: object) -> None:
         stack = _frames.stack

@@ -94,7 +94,7 @@ class Job:
             raise ConfigError(f"job {self.name!r} was opened with read_only=True and cannot commit")
         if self.model is None:
             raise ConfigError(f"job {self.name!r} has no model yet: call trainer.offload(model, job) before commit()")
-        text = json.dumps(dict(metadata or {}))
+        text = _as_json(metadata or {})
         if len(text.encode()) > MAX_METADATA_BYTES:
             raise ConfigError(
                 f"metadata is {len(text.encode())} bytes of JSON, at most {MAX_METADATA_BYTES} can be kept"
@@ -161,3 +161,10 @@ class Job:
         )
         response: pb.BarrierResponse = server.call("Barrier", request, timeout + 5)
         return list(response.payloads)
+
+
+def _as_json(metadata: Mapping[str, object]) -> str:
+    try:
+        return json.dumps(dict(metadata))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"metadata has to be a JSON object, with names as keys: {error}") from None

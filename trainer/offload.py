@@ -20,6 +20,8 @@ from trainer.parameter import NOT_HERE, OffloadedParameter, offloaded
 from trainer.saved import SavedParameter
 from trainer.server import call_all
 from trainer.transfer import Destination, RemoteParameter
+from trainer.units import choose_units
+from trainer.writing import write_values
 
 _ATTRIBUTE = "_zero_ps_model"
 
@@ -98,7 +100,7 @@ class OffloadedModel:
         self._move_buffers(model, device)
         self._choose_persistent()
         self._read_buffers()
-        self.units = [Unit(module, name, self) for name, module in model.named_modules()]
+        self.units = [Unit(module, name, self, leaf) for name, module, leaf in choose_units(model, config)]
         job.model = self
 
     def __deepcopy__(self, memo: object) -> "OffloadedModel":
@@ -120,20 +122,12 @@ class OffloadedModel:
         state = offloaded(param) or OffloadedParameter(param, name, self)
         state.name, state.owner, state.remote = name, self, remote
         state.detach_class()
-        param.grad = None
-        target = device or (torch.device("cpu") if param.is_meta else param.device)
-        dtype = self.config.param_dtype or param.dtype
-        if not param.dtype.is_floating_point:
-            dtype = param.dtype
+        dtype, target = param.dtype, device or (torch.device("cpu") if param.is_meta else param.device)
+        if self.config.param_dtype is not None and dtype.is_floating_point:
+            dtype = self.config.param_dtype
         # A storage of its own, in C order: the one it has may be shared with tensors that stay.
-        fresh = torch.empty(param.shape, dtype=dtype, device=target)
-        fresh.untyped_storage().resize_(0)
-        param.data = fresh
-        del fresh
-        state.adopt_storage()
-        state.version = NOT_HERE
+        state.convert(state.empty(dtype, target))
         state.guard()
-        saved.register(state)
         self.states.append(state)
 
     def _move_buffers(self, model: nn.Module, device: torch.device | None) -> None:
@@ -196,6 +190,21 @@ class OffloadedModel:
             f"parameter {listed} is released, and {getattr(func, '__name__', func)!s} uses it outside of a forward or "
             "backward pass; use it inside 'with trainer.gathered(param):' (modify=True to change it)"
         )
+
+    def assign(self, state: OffloadedParameter, values: torch.Tensor) -> bool:
+        """`param.copy_(values)` outside of a pass, as `load_state_dict` does: goes to the servers.
+
+        Rank 0's values count; the next fetch waits until every rank is past the assignments.
+        """
+        if current_frame() is not None or in_backward():
+            return False
+        write_values(self.job, state, values)
+        state.version = NOT_HERE
+        self.coordinator.assigned = True
+        return True
+
+    def converted(self, state: OffloadedParameter) -> None:
+        saved.register(state)
 
     # ------------------------------------------------------------ backward
 

@@ -29,6 +29,12 @@ class Owner(Protocol):
     def touch(self, states: Sequence["OffloadedParameter"], func: Callable[..., Any]) -> None:
         """Makes the parameters usable for a call of `func`, or raises an error that names them."""
 
+    def assign(self, state: "OffloadedParameter", values: torch.Tensor) -> bool:
+        """Replaces a released parameter's values where they are; False where a touch has to do."""
+
+    def converted(self, state: "OffloadedParameter") -> None:
+        """The parameter has another storage, of another dtype or device."""
+
 
 class OffloadedParameter:
     """The state of one parameter.
@@ -40,6 +46,7 @@ class OffloadedParameter:
         parameter is of its plain class and stays.
     saved: how many nodes of autograd graphs will need the parameter again.
     persistent: stays gathered between uses.
+    guarded_aliases: how many tensors share the storage whose every use is caught.
     contributions: gradients that were pushed in the running step.
     edition: how often `gathered(modify=True)` changed the values, with a fingerprint of the latest.
     """
@@ -55,6 +62,7 @@ class OffloadedParameter:
         self.persistent = False
         self.contributions = 0
         self.edition: tuple[int, tuple[int, ...]] = (0, ())
+        self.guarded_aliases = 0
         self.gradient_hook: torch.utils.hooks.RemovableHandle | None = None
         self._plain_class = type(param)
         self._param = weakref.ref(param)
@@ -144,8 +152,32 @@ class OffloadedParameter:
 
     @property
     def aliased(self) -> bool:
-        """Whether something outside of this package holds a view of the storage."""
-        return torch._C._storage_Use_Count(self.address) > self._uses
+        """Whether somebody holds a view of the storage whose uses nothing catches."""
+        return torch._C._storage_Use_Count(self.address) > self._uses + self.guarded_aliases
+
+    def alias_is_gone(self, address: int) -> None:
+        """A guarded tensor over the storage at `address` does not exist any more."""
+        if address == self.address:
+            self.guarded_aliases -= 1
+
+    # ------------------------------------------------------------ dtype and device
+
+    def empty(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """A tensor of the parameter's shape, in C order, that has no memory yet."""
+        tensor = torch.empty(self.shape, dtype=dtype, device=device)
+        tensor.untyped_storage().resize_(0)
+        return tensor
+
+    def convert(self, empty: torch.Tensor) -> None:
+        """Gives a released parameter a storage of its own without bytes, of that tensor's dtype and device."""
+        with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
+            param = self.param
+            param.grad = None
+            param.data = empty.as_subclass(torch.Tensor)
+        self.guarded_aliases = 0
+        self.adopt_storage()
+        self.version = NOT_HERE
+        self.owner.converted(self)
 
     # ------------------------------------------------------------ class
 

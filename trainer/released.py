@@ -3,8 +3,13 @@
 `nn.Parameter` switches `__torch_function__` off; a subclass of it that has one is called before any torch
 function sees the parameter. Swapping `__class__` on release and back on gather keeps the parameter's
 identity and costs nothing while it is whole. No function of torch is patched.
+
+Three kinds of calls need no values and are answered without fetching: questions about shape, dtype and the
+like; `detach`, which `state_dict` uses, and which gives an alias that is guarded in the same way; and
+conversions to another dtype or device, which `Module.to` uses.
 """
 
+import weakref
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -20,9 +25,9 @@ def _metadata_functions() -> frozenset[object]:
     tensor = torch.Tensor
     properties = (
         "shape", "dtype", "device", "layout", "ndim", "names", "itemsize", "nbytes", "requires_grad", "grad", "grad_fn",
-        "is_leaf", "retains_grad", "output_nr", "_version", "_backward_hooks", "_post_accumulate_grad_hooks",
+        "is_leaf", "retains_grad", "output_nr", "_version", "_backward_hooks", "_post_accumulate_grad_hooks", "_base",
         "is_cuda", "is_cpu", "is_meta", "is_sparse", "is_sparse_csr", "is_quantized", "is_mkldnn", "is_mps", "is_xpu",
-        "is_nested", "is_ipu", "is_maia", "is_vulkan", "is_mtia", "is_xla", "name", "_base", "_cdata", "volatile",
+        "is_nested", "is_ipu", "is_maia", "is_vulkan", "is_mtia", "is_xla", "name", "volatile",
     )  # fmt: skip
     methods = (
         "size", "dim", "numel", "nelement", "ndimension", "stride", "storage_offset", "element_size", "is_contiguous",
@@ -44,10 +49,17 @@ def _metadata_functions() -> frozenset[object]:
 
 
 _METADATA = _metadata_functions()
+_CONVERSIONS = frozenset(
+    getattr(torch.Tensor, name)
+    for name in ("to", "type", "cpu", "cuda", "float", "double", "half", "bfloat16", "type_as")
+)
+_SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
 
 
 class Released:
-    """Mixed into the class of a released parameter."""
+    """Mixed into the class of a released parameter, and of what stands for one."""
+
+    _zero_ps: "OffloadedParameter"
 
     @classmethod
     def __torch_function__(
@@ -55,28 +67,41 @@ class Released:
     ) -> Any:
         kwargs = kwargs or {}
         if func not in _METADATA:
-            touched = [param._zero_ps for param in _released_in((args, kwargs))]
-            for owner in dict.fromkeys(state.owner for state in touched):
-                owner.touch([state for state in touched if state.owner is owner], func)
+            released = [tensor for tensor in _released_in((args, kwargs)) if not tensor._zero_ps.active]
+            if len(released) == 1 and args and args[0] is released[0]:
+                answer = _without_values(released[0], func, args[1:], kwargs)
+                if answer is not None:
+                    return answer
+            states = [tensor._zero_ps for tensor in released]
+            for owner in dict.fromkeys(state.owner for state in states):
+                owner.touch([state for state in states if state.owner is owner], func)
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
 
     def __repr__(self, *, tensor_contents: object = None) -> str:
-        state: OffloadedParameter = self._zero_ps  # type: ignore[attr-defined]
+        state = self._zero_ps
+        if state.active:
+            with torch._C.DisableTorchFunctionSubclass():
+                return str(torch.Tensor.__repr__(self))  # type: ignore[arg-type,no-untyped-call]
+        requires_grad = self.requires_grad  # type: ignore[attr-defined]
         return (
-            f"Parameter {state.name!r} (released): shape={state.shape}, dtype={state.dtype}, "
-            f"requires_grad={self.requires_grad}"  # type: ignore[attr-defined]
+            f"{type(self).__name__}({state.name!r}, shape={state.shape}, dtype={state.dtype}, device={state.device}, "
+            f"requires_grad={requires_grad})"
         )
 
     def __deepcopy__(self, memo: object) -> object:
-        raise self._zero_ps.not_copyable()  # type: ignore[attr-defined]
+        raise self._zero_ps.not_copyable()
 
-    def __reduce_ex__(self, protocol: object) -> tuple[object, ...]:
-        raise self._zero_ps.not_copyable()  # type: ignore[attr-defined]
+    def __reduce_ex__(self, protocol: object) -> Any:
+        raise self._zero_ps.not_copyable()
 
 
-class ReleasedParameter(Released, nn.Parameter):
+class ReleasedParameter(Released, nn.Parameter):  # type: ignore[misc]
     """A plain `nn.Parameter` while it is released."""
+
+
+class ReleasedTensor(Released, torch.Tensor):  # type: ignore[misc]
+    """Stands for a released parameter, as in a state dict: shares its memory, and with it its state."""
 
 
 _classes: dict[type, type] = {nn.Parameter: ReleasedParameter}
@@ -100,3 +125,36 @@ def _released_in(value: object) -> Iterator[Any]:
     elif isinstance(value, dict):
         for item in value.values():
             yield from _released_in(item)
+
+
+def _without_values(tensor: Any, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The result of calls that need no values, or None when `func` does."""
+    state: OffloadedParameter = tensor._zero_ps
+    if func is torch.Tensor.detach:
+        with torch._C.DisableTorchFunctionSubclass():
+            return _guarded(tensor.detach(), state)
+    if func in _CONVERSIONS:
+        # What the conversion would give, without any element to convert.
+        probe = func(torch.empty(0, dtype=state.dtype, device=state.device), *args, **kwargs)
+        if not isinstance(probe, torch.Tensor):
+            return None
+        if probe.dtype == state.dtype and probe.device == state.device and not kwargs.get("copy"):
+            return tensor
+        return _guarded(state.empty(probe.dtype, probe.device), state)
+    if func == _SET_DATA and isinstance(args[0], ReleasedTensor) and args[0]._zero_ps is state:
+        state.convert(args[0])
+        return True
+    if func is torch.Tensor.copy_ and state.owner.assign(state, args[0]):
+        return tensor
+    return None
+
+
+def _guarded(plain: torch.Tensor, state: "OffloadedParameter") -> ReleasedTensor:
+    """Makes a tensor without memory, or that shares the parameter's, one whose uses are caught."""
+    address = plain.untyped_storage()._cdata
+    tensor = plain.as_subclass(ReleasedTensor)
+    tensor._zero_ps = state
+    if address == state.address:
+        state.guarded_aliases += 1
+        weakref.finalize(tensor, state.alias_is_gone, address)
+    return tensor

@@ -1,0 +1,99 @@
+"""What trainer processes of the tests do (see `tests.ranks`)."""
+
+import os
+import resource
+from typing import Any
+
+import torch
+from torch import nn
+
+import trainer
+from tests.models import Residual, batch, loss_of, seeded
+
+
+def adamw(params: Any) -> trainer.RemoteOptimizer:
+    return trainer.RemoteOptimizer(params, torch.optim.AdamW, lr=1e-2)
+
+
+def gathered_values(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Copies of all parameters."""
+    with trainer.gathered(model.parameters()):
+        return {name: param.detach().clone() for name, param in model.named_parameters()}
+
+
+def steps_of_adamw(
+    addresses: list[str], job: str, steps: int, commit_at: int | None = None, stay: bool = False
+) -> dict[str, Any]:
+    """Trains on this rank's share of each batch, from where the job is."""
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    with trainer.connect(addresses, job=job) as connection:
+        with connection.init():
+            model = seeded(Residual, seed=rank)
+        trainer.offload(model, connection)
+        optimizer = adamw(model.parameters())
+        losses = []
+        started_at = connection.step
+        while connection.step < started_at + steps:
+            tokens = batch(connection.step).chunk(world_size)[rank]
+            loss = loss_of(model, tokens)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+            if connection.step == commit_at:
+                connection.commit({"seen": connection.step})
+                if stay:
+                    print("committed", flush=True)
+        return {
+            "started_at": started_at,
+            "metadata": connection.metadata,
+            "losses": losses,
+            "params": gathered_values(model),
+        }
+
+
+def wrong_world_size(addresses: list[str], job: str, sizes: list[int]) -> str:
+    """Connects with a world size of this rank's own; the error's text."""
+    rank = int(os.environ["RANK"])
+    try:
+        with trainer.connect(addresses, job=job, rank=rank, world_size=sizes[rank], connect_timeout=20):
+            return "connected"
+    except trainer.ZeroPsError as error:
+        return str(error)
+
+
+class Deep(nn.Module):
+    """Many equal layers, each of which is a small part of the model."""
+
+    def __init__(self, layers: int, width: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(width, width, bias=False) for _ in range(layers)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return x
+
+
+def peak_memory(addresses: list[str], job: str, layers: int, width: int) -> dict[str, int]:
+    """Builds, trains and commits a model; resident memory in bytes before it and at the peak."""
+    with trainer.connect(addresses, job=job) as connection:
+        # Whatever torch allocates once, for any model, is not the model's.
+        small = nn.Linear(8, 8)
+        small(torch.randn(2, 8)).sum().backward()
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        with connection.init():
+            model = Deep(layers, width)
+        trainer.offload(model, connection)
+        optimizer = trainer.RemoteOptimizer(model.parameters(), torch.optim.SGD, lr=0.1)
+        for _ in range(2):
+            model(torch.randn(4, width)).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        connection.commit()
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return {
+            "model": sum(param.numel() * 4 for param in model.parameters()),
+            "largest": width * width * 4,
+            "beyond": peak - before,
+        }
