@@ -1,0 +1,7 @@
+"""`python -m ps` is the command `zero-ps`."""
+
+import sys
+
+from ps.cli import main
+
+sys.exit(main())

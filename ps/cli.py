@@ -1,0 +1,185 @@
+"""The command `zero-ps`."""
+
+import argparse
+import logging
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+_DESCRIPTION = "ZeRO-3 parameter offload: parameter servers keep the model, trainers compute with it."
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit status: 2 for what the caller has to put right."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    # Both pass on whatever follows, which argparse does not do well with options.
+    match arguments[:1]:
+        case ["train"]:
+            os.execv(sys.executable, [sys.executable, "-m", "trainer", *arguments[1:]])
+        case ["demo"]:
+            from ps.demo import main as demo
+
+            status: int = demo(arguments[1:])
+            return status
+    options = _parser().parse_args(arguments)
+    match options.command:
+        case "serve":
+            return _serve(options)
+        case "status":
+            from ps.status import print_status
+
+            return print_status(options.addresses, options.timeout)
+    raise AssertionError(options.command)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong, without the usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="zero-ps", description=_DESCRIPTION)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    serve = commands.add_parser(
+        "serve",
+        help="run a parameter server",
+        description="Run a parameter server: one shard of the jobs that trainers open. It says on stdout, in "
+        "one line of JSON, when and where it listens; its log goes to stderr.",
+    )
+    serve.add_argument(
+        "--shard",
+        type=_shard,
+        default=(0, 1),
+        metavar="I/N",
+        help="which of how many shards, from 0 (default: 0/1)",
+    )
+    serve.add_argument(
+        "--data-dir", type=Path, required=True, metavar="DIR", help="where committed generations are kept"
+    )
+    serve.add_argument(
+        "--listen",
+        type=_address,
+        default="127.0.0.1:7070",
+        metavar="HOST:PORT",
+        help="address to listen on; port 0 chooses a free one (default: %(default)s)",
+    )
+    serve.add_argument(
+        "--memory",
+        type=_size,
+        metavar="SIZE",
+        help="refuse jobs that need more memory than this, such as 8GiB (default: no limit). Keeping what does "
+        "not fit on disk comes in a later version",
+    )
+    serve.add_argument(
+        "--threads",
+        type=_positive,
+        metavar="N",
+        help="threads of one optimizer update (default: half the cores)",
+    )
+    serve.add_argument(
+        "--keep",
+        type=_positive,
+        default=2,
+        metavar="N",
+        help="committed generations to keep (default: %(default)s)",
+    )
+    serve.add_argument(
+        "--lease",
+        type=_seconds,
+        default=10.0,
+        metavar="SECONDS",
+        help="how long a trainer may be silent before it counts as lost (default: %(default)s)",
+    )
+    serve.add_argument("--stop-on-stdin-eof", action="store_true", help=argparse.SUPPRESS)
+
+    status = commands.add_parser(
+        "status", help="show what servers hold", description="Show what servers hold and who is connected."
+    )
+    status.add_argument(
+        "addresses", nargs="+", metavar="ADDRESS", help="HOST:PORT, several also joined by commas"
+    )
+    status.add_argument(
+        "--timeout", type=_seconds, default=5.0, metavar="SECONDS", help="(default: %(default)s)"
+    )
+
+    # Here only for the list of commands; `main` has taken them before.
+    commands.add_parser("train", help="run the training application (zero-ps train --help)", add_help=False)
+    commands.add_parser("demo", help="two servers, two trainers, one training run", add_help=False)
+    return parser
+
+
+def _serve(options: argparse.Namespace) -> int:
+    from ps.job import ServerOptions
+    from ps.server import ServeOptions, StartError, serve
+    from ps.store import StoreError
+
+    logging.basicConfig(
+        level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    index, num_shards = options.shard
+    server = ServerOptions(index, num_shards, keep=options.keep, lease_seconds=options.lease)
+    try:
+        serve(
+            ServeOptions(
+                server,
+                options.data_dir,
+                options.listen,
+                options.memory,
+                options.threads,
+                options.stop_on_stdin_eof,
+            )
+        )
+    except (StartError, StoreError) as error:
+        print(f"zero-ps serve: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _shard(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
+    if match is None or int(match[1]) >= int(match[2]):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a shard: write I/N with I from 0 to N-1, such as 0/2"
+        )
+    return int(match[1]), int(match[2])
+
+
+def _address(text: str) -> str:
+    from ps.address import split_address
+
+    try:
+        split_address(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
+
+def _size(text: str) -> int:
+    from ps.budget import parse_bytes
+
+    try:
+        return parse_bytes(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or not 1 <= int(text) <= 1 << 20:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0.05 <= value <= 1e6:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a time in seconds, at least 0.05")
+    return value

@@ -1,0 +1,75 @@
+"""What a server can say went wrong. Each class has the gRPC status code by which a trainer tells them apart."""
+
+from typing import ClassVar
+
+
+class ServerError(Exception):
+    """Base of every error that is answered to a trainer; the message says what to do about it."""
+
+    code: ClassVar[str] = "INTERNAL"
+
+
+class InvalidRequest(ServerError):
+    """A request that can never be right: a bad size, name, index or value."""
+
+    code = "INVALID_ARGUMENT"
+
+
+class Conflict(ServerError):
+    """A request that does not fit the state that the server is in."""
+
+    code = "FAILED_PRECONDITION"
+
+
+class SessionEnded(ServerError):
+    """The caller's own session was closed, fenced, or lost its lease."""
+
+    code = "FAILED_PRECONDITION"
+
+
+class NotFound(ServerError):
+    """A session or generation that this server does not have (it may have been restarted)."""
+
+    code = "NOT_FOUND"
+
+
+class RankLost(ServerError):
+    """Another trainer, without which the caller cannot go on, is gone."""
+
+    code = "ABORTED"
+
+
+class VersionGone(ServerError):
+    """The chunk has moved past the version that was asked for."""
+
+    code = "OUT_OF_RANGE"
+
+
+class Timeout(ServerError):
+    """The wait took longer than the caller allowed; the message names what was waited for."""
+
+    code = "DEADLINE_EXCEEDED"
+
+
+class Cancelled(ServerError):
+    """The caller went away, or the server is shutting down, in the middle of a wait."""
+
+    code = "CANCELLED"
+
+
+class OutOfBudget(ServerError):
+    """The shard cannot fit in the server's memory limit."""
+
+    code = "RESOURCE_EXHAUSTED"
+
+
+class JobFailed(ServerError):
+    """An optimizer step raised; the state in memory is not usable until a restore."""
+
+    code = "INTERNAL"
+
+
+class StorageFailed(ServerError):
+    """A generation could not be read or written."""
+
+    code = "DATA_LOSS"

@@ -1,0 +1,195 @@
+"""Runs an element-wise class of `torch.optim` on chunks. The arithmetic and the state are torch's own."""
+
+import inspect
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from protos.values import Option
+from ps.chunk import Chunk
+from ps.errors import InvalidRequest
+from ps.store import OptimizerSpec, StateArray
+
+ALLOWED = (
+    "SGD",
+    "Adam",
+    "AdamW",
+    "Adagrad",
+    "RMSprop",
+    "Adamax",
+    "NAdam",
+    "RAdam",
+    "Adadelta",
+    "ASGD",
+    "Rprop",
+)
+"""Classes of `torch.optim` that treat every element by itself, and so do the same on any chunk."""
+
+_REFUSED = {
+    "LBFGS": "it evaluates the whole model several times a step",
+    "Muon": "it orthogonalises whole matrices",
+    "Adafactor": "it keeps statistics of whole rows and columns",
+    "SparseAdam": "it needs sparse gradients",
+}
+_UNSUPPORTED_FLAGS = ("capturable", "differentiable")
+
+_warm_lock = threading.Lock()
+
+
+def warm_up() -> None:
+    """Makes the first SetOptimizer quick: the first optimizer of a process loads torch._dynamo."""
+    with _warm_lock:
+        torch.optim.SGD([torch.zeros(1)])
+
+
+def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
+    """Raises InvalidRequest, saying why and naming the allowed classes."""
+    if name not in ALLOWED:
+        reason = f" ({_REFUSED[name]})" if name in _REFUSED else ""
+        raise InvalidRequest(
+            f"optimizer {name!r} cannot run on the servers{reason}: it has to be an element-wise class of "
+            f"torch.optim, one of {', '.join(ALLOWED)}"
+        )
+    cls: type[torch.optim.Optimizer] = getattr(torch.optim, name)
+    return cls
+
+
+def resolve_options(class_name: str, options: Mapping[str, Option]) -> tuple[dict[str, Any], set[StateArray]]:
+    """A group's options, complete and tried out, and what state the class keeps under them.
+
+    Options that say nothing about the implementation get the fused one where the class has it on the CPU.
+    Raises InvalidRequest for what torch refuses.
+    """
+    cls = optimizer_class(class_name)
+    defaults = cls([torch.zeros(1)]).defaults  # type: ignore[call-arg]
+    if unknown := sorted(set(options) - set(defaults)):
+        raise InvalidRequest(
+            f"torch.optim.{class_name} has no option {unknown[0]!r}; it has {', '.join(sorted(defaults))}"
+        )
+    resolved = {**defaults, **options}
+    for flag in _UNSUPPORTED_FLAGS:
+        if resolved.get(flag):
+            raise InvalidRequest(f"option {flag}=True has no meaning on a parameter server")
+    if "fused" in resolved and resolved["fused"] is None and resolved.get("foreach") is None:
+        try:
+            fused = {**resolved, "fused": True}
+            return fused, _try(cls, fused)
+        except InvalidRequest:
+            pass  # Whatever is wrong shows again below, without fused.
+    return resolved, _try(cls, resolved)
+
+
+def state_arrays(class_name: str, options: Mapping[str, Option]) -> dict[str, StateArray]:
+    """What a class keeps for each parameter under these options, by name."""
+    return {array.name: array for array in resolve_options(class_name, options)[1]}
+
+
+def _try(cls: type[torch.optim.Optimizer], options: Mapping[str, Any]) -> set[StateArray]:
+    """Steps a tensor of two elements; whatever torch has against the options is raised here."""
+    weight = torch.zeros(2)
+    weight.grad = torch.ones(2)
+    try:
+        optimizer = _build(cls, options, weight)
+        optimizer.step()
+    except Exception as error:
+        raise InvalidRequest(f"torch.optim.{cls.__name__} refuses its options: {error}") from error
+    return {
+        StateArray(name, None if value.dim() else value.dtype, value.dim() > 0)
+        for name, value in optimizer.state[weight].items()
+        if isinstance(value, torch.Tensor)
+    }
+
+
+def _build(
+    cls: type[torch.optim.Optimizer], options: Mapping[str, Any], weight: torch.Tensor
+) -> torch.optim.Optimizer:
+    # Some defaults (Adam's decoupled_weight_decay) are no arguments of the class, only group options.
+    accepted = inspect.signature(cls).parameters
+    arguments = {name: value for name, value in options.items() if name in accepted}
+    return cls([{"params": [weight], **options}], **arguments)
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of each group: as the trainer stated them, completed, and what state they lead to."""
+
+    stated: list[dict[str, Option]]
+    resolved: list[dict[str, Any]]
+    arrays: dict[str, StateArray]
+
+
+class ChunkOptimizer:
+    """One torch optimizer for a job; each call of `update` lends it some chunks and their state.
+
+    options: those of the last step that ran.
+    group_of: each parameter's group, by their numbers.
+    arrays: every kind of state that the class has kept so far, by name.
+    """
+
+    def __init__(self, spec: OptimizerSpec, num_parameters: int) -> None:
+        self._cls = optimizer_class(spec.class_name)
+        self.class_name = spec.class_name
+        if not spec.groups:
+            raise InvalidRequest("an optimizer needs at least one parameter group")
+        self.arrays: dict[str, StateArray] = {}
+        self.group_of: dict[int, int] = {}
+        for number, group in enumerate(spec.groups):
+            for parameter in group.parameters:
+                if parameter >= num_parameters:
+                    raise InvalidRequest(f"parameter {parameter} is not in the manifest")
+                if parameter in self.group_of:
+                    raise InvalidRequest(f"parameter {parameter} is in more than one parameter group")
+                self.group_of[parameter] = number
+        self._latest: Options | None = None
+        self.set_options(self.resolve([group.options for group in spec.groups]))
+        self._optimizer = _build(self._cls, self.options.resolved[0], torch.zeros(1))
+
+    def resolve(self, groups: Sequence[Mapping[str, Option]]) -> "Options":
+        """Checks the options of each group. Raises InvalidRequest."""
+        stated = [dict(options) for options in groups]
+        latest = self._latest
+        if latest is not None:
+            if stated == latest.stated:
+                return latest
+            if len(stated) != len(latest.stated):
+                raise InvalidRequest(
+                    f"the step names {len(stated)} parameter groups, the optimizer has {len(latest.stated)}"
+                )
+        resolved = [resolve_options(self.class_name, options) for options in stated]
+        arrays = {array.name: array for _, kept in resolved for array in kept}
+        self._latest = Options(stated, [options for options, _ in resolved], arrays)
+        return self._latest
+
+    def set_options(self, options: "Options") -> None:
+        """From here on updates run with these."""
+        self.options = options
+        self.arrays.update(options.arrays)
+
+    def update(self, chunks: Sequence[tuple[Chunk, torch.Tensor]]) -> None:
+        """Steps chunks, each with its gradient (the weight's shape and dtype), in place.
+
+        Expects the chunks' locks to be held. All of them have to be in groups, and either all have
+        optimizer state or none: torch's fused SGD takes a batch for one or the other.
+        """
+        optimizer = self._optimizer
+        members: dict[int, list[torch.Tensor]] = {}
+        optimizer.state.clear()
+        try:
+            for chunk, gradient in chunks:
+                assert chunk.weight is not None
+                chunk.weight.grad = gradient
+                optimizer.state[chunk.weight] = chunk.state
+                members.setdefault(self.group_of[chunk.parameter], []).append(chunk.weight)
+            optimizer.param_groups = [
+                {"params": weights, **self.options.resolved[number]} for number, weights in members.items()
+            ]
+            optimizer.step()
+        finally:
+            for chunk, _ in chunks:
+                if chunk.weight is not None:
+                    chunk.weight.grad = None
+            optimizer.state.clear()
+            optimizer.param_groups = []

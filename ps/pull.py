@@ -1,0 +1,107 @@
+"""The Pull stream: bytes of chunks at one version, cut into messages that gRPC moves fast."""
+
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+
+from protos import MESSAGE_BYTES
+from protos import zero_ps_pb2 as pb
+from ps.chunk import Chunk
+from ps.errors import InvalidRequest
+from ps.job import Job
+from ps.jobs import Jobs
+from ps.monitor import Patience
+from ps.sessions import Session
+from ps.shard import Shard
+from ps.statuses import stream_error
+from ps.traffic import Traffic
+from ps.wire import check_convertible, decode_chunks, decode_dtype
+
+
+Block = tuple[int, Callable[[int, int], bytes]]
+"""The size of some bytes, and how to read a range of them."""
+
+
+def answer_pulls(
+    jobs: Jobs, traffic: Traffic, requests: Iterable[pb.PullRequest], cancelled: Callable[[], bool]
+) -> Iterator[pb.PullResponse]:
+    """Answers in order. An error ends the answer that it belongs to, not the stream.
+
+    Every request gets at least one response, which is empty if it asked for no bytes.
+    """
+    for request in requests:
+        with traffic.busy():
+            try:
+                job, session = jobs.find(request.session_id)
+                patience = Patience.of(request.timeout_seconds, cancelled)
+                dtype = decode_dtype(request.dtype)
+                blocks: Iterator[Block | None]
+                if request.staged:
+                    blocks = _staged(job, session, request, dtype)
+                else:
+                    shard = job.open_shard()
+                    chunks = decode_chunks(shard, request.chunks)
+                    check_convertible(chunks, dtype)
+                    blocks = _chunks(job, session, shard, chunks, request.version, dtype, patience)
+                for data in _messages(blocks):
+                    traffic.pulled(len(data))
+                    yield pb.PullResponse(request_id=request.request_id, data=data)
+            except Exception as error:
+                yield pb.PullResponse(request_id=request.request_id, error=stream_error(error))
+
+
+def _messages(blocks: Iterable[Block | None]) -> Iterator[bytes]:
+    """Cuts and packs blocks into messages.
+
+    None among the blocks means that the next one will take a while: what is there is sent.
+    """
+    parts: list[bytes] = []
+    size, sent = 0, False
+    for block in blocks:
+        if block is not None:
+            total, read = block
+            start = 0
+            while start < total:
+                stop = min(total, start + MESSAGE_BYTES - size)
+                parts.append(read(start, stop))
+                size += stop - start
+                start = stop
+                if size == MESSAGE_BYTES:
+                    yield parts[0] if len(parts) == 1 else b"".join(parts)
+                    parts, size, sent = [], 0, True
+        elif parts:
+            yield b"".join(parts)
+            parts, size, sent = [], 0, True
+    if parts or not sent:
+        yield b"".join(parts)
+
+
+def _chunks(
+    job: Job,
+    session: Session,
+    shard: Shard,
+    chunks: Iterable[Chunk],
+    version: int,
+    dtype: torch.dtype | None,
+    patience: Patience,
+) -> Iterator[Block | None]:
+    if version < 0:
+        raise InvalidRequest(f"there is no version {version}")
+    for chunk in chunks:
+        if chunk.version < version or chunk.weight is None:
+            yield None
+            job.wait_for(session, shard, chunk, version, patience)
+        yield chunk.num_bytes(dtype), _reader(chunk, version, dtype or chunk.dtype)
+
+
+def _reader(chunk: Chunk, version: int, dtype: torch.dtype) -> Callable[[int, int], bytes]:
+    return lambda start, stop: chunk.read(version, dtype, start, stop)
+
+
+def _staged(
+    job: Job, session: Session, request: pb.PullRequest, dtype: torch.dtype | None
+) -> Iterator[Block]:
+    staging = job.staging(session)
+    for reference in request.chunks:
+        view = staging.read(reference.parameter, reference.chunk, dtype)
+        yield len(view), lambda start, stop, view=view: bytes(view[start:stop])  # type: ignore[misc]

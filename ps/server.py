@@ -1,0 +1,168 @@
+"""A server process from start to end: listen, say so, serve, leave."""
+
+import json
+import logging
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+# gRPC's own lines about a port in use would stand beside the one that says what to do.
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+
+import grpc
+import torch
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from protos import MAX_MESSAGE_BYTES, zero_ps_pb2, zero_ps_pb2_grpc
+from ps.address import split_address
+from ps.budget import Budget
+from ps.job import ServerOptions
+from ps.jobs import Jobs
+from ps.optimizer import warm_up
+from ps.service import ParameterServer
+from ps.store import DataDir
+
+_MAX_THREADS = 512
+"""A stream or a wait occupies a thread. They are started on demand."""
+
+_GRACE_SECONDS = 5.0
+
+_log = logging.getLogger(__name__)
+
+
+class StartError(Exception):
+    """The server cannot start; the message is for the person who started it."""
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """What `zero-ps serve` was told. memory_bytes: None for no limit. threads: None for half the cores."""
+
+    server: ServerOptions
+    data_dir: Path
+    listen: str
+    memory_bytes: int | None = None
+    threads: int | None = None
+    stop_on_stdin_eof: bool = False
+
+
+class Server:
+    """The gRPC server of one shard."""
+
+    def __init__(self, options: ServeOptions, data_dir: DataDir) -> None:
+        torch.set_num_threads(options.threads or max(1, len(os.sched_getaffinity(0)) // 2))
+        self._jobs = Jobs(options.server, data_dir, Budget(options.memory_bytes))
+        self._service = ParameterServer(self._jobs)
+        self._grpc = grpc.server(
+            ThreadPoolExecutor(_MAX_THREADS, thread_name_prefix="grpc"),
+            maximum_concurrent_rpcs=_MAX_THREADS,
+            options=[
+                # Without this a second server on the same port would silently share it.
+                ("grpc.so_reuseport", 0),
+                ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+                ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+                ("grpc.http2.min_ping_interval_without_data_ms", 5000),
+                ("grpc.keepalive_permit_without_calls", 1),
+            ],
+        )
+        zero_ps_pb2_grpc.add_ParameterServerServicer_to_server(self._service, self._grpc)
+        self._health = health.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
+        name = zero_ps_pb2.DESCRIPTOR.services_by_name["ParameterServer"].full_name
+        reflection.enable_server_reflection((name, health.SERVICE_NAME, reflection.SERVICE_NAME), self._grpc)
+        for service in ("", name):
+            self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
+        self.address = self._listen(options.listen)
+
+    def _listen(self, address: str) -> str:
+        host, port = split_address(address)
+        try:
+            bound = self._grpc.add_insecure_port(f"{host}:{port}")
+        except RuntimeError:
+            bound = 0
+        if bound == 0:
+            raise StartError(f"cannot listen on {address}: {_why_not(host, port)}; choose another --listen")
+        return f"{host}:{bound}"
+
+    def start(self) -> None:
+        self._grpc.start()
+
+    def stop(self, grace_seconds: float) -> None:
+        """Takes no new calls, lets those that are running finish for a while, and leaves a shard at rest."""
+        self._health.enter_graceful_shutdown()
+        stopped = self._grpc.stop(grace_seconds)
+        end = time.monotonic() + grace_seconds
+        # Streams live as long as their trainers; what counts is whether a request is being answered.
+        while time.monotonic() < end and self._service.traffic.active and not stopped.is_set():
+            time.sleep(0.02)
+        self._grpc.stop(0).wait(1.0)
+        self._jobs.close()
+
+
+def serve(options: ServeOptions) -> None:
+    """Runs a server until SIGTERM, SIGINT or, if asked for, the end of stdin. Does not return.
+
+    Raises StartError or a StoreError if it cannot start. On readiness one line of JSON goes to stdout.
+    """
+    data_dir = DataDir(options.data_dir, options.server.index, options.server.num_shards)
+    server = Server(options, data_dir)
+    stopping = threading.Event()
+
+    def on_signal(number: int, frame: object) -> None:
+        if stopping.is_set():
+            os._exit(128 + number)
+        stopping.set()
+
+    signal.signal(signal.SIGTERM, on_signal)
+    signal.signal(signal.SIGINT, on_signal)
+    if options.stop_on_stdin_eof:
+        threading.Thread(target=_watch_parent, args=(stopping,), name="parent", daemon=True).start()
+    server.start()
+    shard, num_shards = options.server.index, options.server.num_shards
+    ready = {"listening": server.address, "shard": shard, "num_shards": num_shards, "pid": os.getpid()}
+    print(json.dumps(ready), flush=True)
+    _log.info("shard %d/%d listens on %s, data in %s", shard, num_shards, server.address, data_dir.path)
+    threading.Thread(target=warm_up, name="warm-up", daemon=True).start()
+    stopping.wait()
+    _log.info("shard %d/%d stops", shard, num_shards)
+    server.stop(_GRACE_SECONDS)
+    data_dir.close()
+    _leave()
+
+
+def _leave() -> None:
+    """Ends the process. Threads that wait for a trainer which went away must not hold it up."""
+    logging.shutdown()
+    sys.stdout.flush()
+    os._exit(0)
+
+
+def _watch_parent(stopping: threading.Event) -> None:
+    """Sets `stopping` when stdin ends or the parent is gone, even if a fork of it still holds the pipe."""
+    parent = os.getppid()
+    while os.getppid() == parent:
+        readable, _, _ = select.select([0], [], [], 1.0)
+        if readable and not os.read(0, 4096):
+            break
+    stopping.set()
+
+
+def _why_not(host: str, port: int) -> str:
+    """What the operating system says to binding this address."""
+    try:
+        with socket.create_server((host.strip("[]"), port), family=_family(host), reuse_port=False):
+            return "gRPC refuses the address"
+    except OSError as error:
+        return error.strerror or str(error)
+
+
+def _family(host: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if host.startswith("[") else socket.AF_INET

@@ -1,0 +1,233 @@
+"""The gRPC service: requests in, checked; errors out, as statuses. What happens in between is the job's."""
+
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from importlib import metadata
+from typing import Any, TypeVar
+
+import grpc
+
+from protos import PROTOCOL_VERSION, zero_ps_pb2_grpc
+from protos import zero_ps_pb2 as pb
+from ps.errors import Conflict, ServerError
+from ps.job import Job
+from ps.jobs import Jobs
+from ps.monitor import Patience
+from ps.process import memory_bytes
+from ps.pull import answer_pulls
+from ps.push import answer_pushes
+from ps.sessions import Session
+from ps.statuses import as_server_error, status_code, status_message
+from ps.traffic import Traffic
+from ps.wire import decode_manifest, decode_optimizer, decode_step, encode_opened_job
+
+Request = TypeVar("Request")
+Response = TypeVar("Response")
+Unary = Callable[["ParameterServer", Request, grpc.ServicerContext], Response]
+
+
+def package_version() -> str:
+    try:
+        return metadata.version("zero-ps")
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def _call(method: Unary[Request, Response]) -> Unary[Request, Response]:
+    """Answers a ServerError, and anything unforeseen, as a status."""
+
+    @functools.wraps(method)
+    def wrapper(self: "ParameterServer", request: Request, context: grpc.ServicerContext) -> Response:
+        with self.traffic.busy():
+            try:
+                return method(self, request, context)
+            except Exception as error:
+                failed = as_server_error(error)
+        _abort(context, failed)
+        raise AssertionError("abort raises")
+
+    return wrapper
+
+
+def _abort(context: grpc.ServicerContext, error: ServerError) -> None:
+    context.abort(status_code(error), status_message(error))
+
+
+def _patience(seconds: float, context: grpc.ServicerContext) -> Patience:
+    return Patience.of(seconds, lambda: not context.is_active())
+
+
+class ParameterServer(zero_ps_pb2_grpc.ParameterServerServicer):
+    """See protos/zero_ps.proto for what each call does."""
+
+    def __init__(self, jobs: Jobs) -> None:
+        self._jobs = jobs
+        self.traffic = Traffic()
+
+    @_call
+    def Status(self, request: pb.StatusRequest, context: grpc.ServicerContext) -> pb.StatusResponse:
+        rss, peak = memory_bytes()
+        return pb.StatusResponse(
+            package_version=package_version(),
+            protocol_version=PROTOCOL_VERSION,
+            shard=self._jobs.options.index,
+            num_shards=self._jobs.options.num_shards,
+            data_dir=str(self._jobs.data_dir.path),
+            rss_bytes=rss,
+            peak_rss_bytes=peak,
+            bytes_pulled=self.traffic.bytes_pulled,
+            bytes_pushed=self.traffic.bytes_pushed,
+            jobs=[_job_status(job) for job in self._jobs.list()],
+        )
+
+    # ------------------------------------------------------------ sessions
+
+    @_call
+    def OpenSession(
+        self, request: pb.OpenSessionRequest, context: grpc.ServicerContext
+    ) -> pb.OpenSessionResponse:
+        options = self._jobs.options
+        if request.protocol_version != PROTOCOL_VERSION:
+            raise Conflict(
+                f"this server speaks version {PROTOCOL_VERSION} of the protocol, the trainer version "
+                f"{request.protocol_version}; install the same zero-ps on both"
+            )
+        if (request.shard, request.num_shards) != (options.index, options.num_shards):
+            raise Conflict(
+                f"this server holds shard {options.index}/{options.num_shards}, the trainer expects shard "
+                f"{request.shard}/{request.num_shards} here; name all servers, in the order of their shards"
+            )
+        job, session = self._jobs.open_session(
+            request.job,
+            request.rank,
+            request.world_size,
+            request.incarnation,
+            request.read_only,
+            _patience(request.timeout_seconds, context),
+        )
+        shard = job.shard
+        return pb.OpenSessionResponse(
+            session_id=session.id,
+            lease_seconds=session.lease_seconds,
+            step=-1 if shard is None else shard.step,
+            committed_steps=job.committed_steps(),
+            metadata="" if shard is None else shard.metadata,
+        )
+
+    @_call
+    def Heartbeat(self, request: pb.HeartbeatRequest, context: grpc.ServicerContext) -> pb.HeartbeatResponse:
+        self._jobs.find(request.session_id)
+        return pb.HeartbeatResponse()
+
+    @_call
+    def CloseSession(
+        self, request: pb.CloseSessionRequest, context: grpc.ServicerContext
+    ) -> pb.CloseSessionResponse:
+        job, session = self._jobs.find(request.session_id)
+        job.close_session(session)
+        return pb.CloseSessionResponse()
+
+    @_call
+    def Barrier(self, request: pb.BarrierRequest, context: grpc.ServicerContext) -> pb.BarrierResponse:
+        job, session = self._jobs.find(request.session_id)
+        patience = _patience(request.timeout_seconds, context)
+        return pb.BarrierResponse(
+            payloads=job.barriers.gather(session, request.tag, request.payload, patience)
+        )
+
+    # ------------------------------------------------------------ job
+
+    @_call
+    def Restore(self, request: pb.RestoreRequest, context: grpc.ServicerContext) -> pb.RestoreResponse:
+        job, session = self._jobs.find(request.session_id)
+        return pb.RestoreResponse(metadata=job.restore(session, request.step, self._update_wait(context)))
+
+    @_call
+    def OpenJob(self, request: pb.OpenJobRequest, context: grpc.ServicerContext) -> pb.OpenJobResponse:
+        job, session = self._jobs.find(request.session_id)
+        manifest, staging_ids = decode_manifest(request.manifest)
+        return encode_opened_job(job.open(session, manifest, staging_ids))
+
+    @_call
+    def SetOptimizer(
+        self, request: pb.SetOptimizerRequest, context: grpc.ServicerContext
+    ) -> pb.SetOptimizerResponse:
+        job, session = self._jobs.find(request.session_id)
+        job.set_optimizer(session, decode_optimizer(request), self._update_wait(context))
+        return pb.SetOptimizerResponse()
+
+    # ------------------------------------------------------------ bytes
+
+    def Pull(
+        self, request_iterator: Iterable[pb.PullRequest], context: grpc.ServicerContext
+    ) -> Iterator[pb.PullResponse]:
+        return answer_pulls(self._jobs, self.traffic, request_iterator, lambda: not context.is_active())
+
+    def Push(
+        self, request_iterator: Iterable[pb.PushRequest], context: grpc.ServicerContext
+    ) -> Iterator[pb.PushResponse]:
+        try:
+            yield from answer_pushes(
+                self._jobs, self.traffic, request_iterator, lambda: not context.is_active()
+            )
+        except ServerError as error:
+            _abort(context, error)
+
+    # ------------------------------------------------------------ steps and commits
+
+    @_call
+    def ZeroGrad(self, request: pb.ZeroGradRequest, context: grpc.ServicerContext) -> pb.ZeroGradResponse:
+        job, session = self._jobs.find(request.session_id)
+        shard = job.open_shard()
+        job.steps.zero(session, shard, request.step, shard.select(request.parameters))
+        return pb.ZeroGradResponse()
+
+    @_call
+    def GradNorm(self, request: pb.GradNormRequest, context: grpc.ServicerContext) -> pb.GradNormResponse:
+        job, session = self._jobs.find(request.session_id)
+        patience = _patience(request.timeout_seconds, context)
+        norms = job.steps.norms(
+            session, job.open_shard(), request.step, tuple(request.parameters), request.norm_type, patience
+        )
+        return pb.GradNormResponse(chunk_norms=norms)
+
+    @_call
+    def Step(self, request: pb.StepRequest, context: grpc.ServicerContext) -> pb.StepResponse:
+        job, session = self._jobs.find(request.session_id)
+        job.step_from(session, request.step, decode_step(request))
+        return pb.StepResponse()
+
+    @_call
+    def Commit(self, request: pb.CommitRequest, context: grpc.ServicerContext) -> pb.CommitResponse:
+        job, session = self._jobs.find(request.session_id)
+        patience = _patience(request.timeout_seconds, context)
+        written = job.commit(session, request.step, request.metadata, request.complete_step, patience)
+        return pb.CommitResponse(path=str(written.path), bytes_written=written.bytes_written)
+
+    @staticmethod
+    def _update_wait(context: grpc.ServicerContext) -> Patience:
+        """For calls that state no time: as long as the call's own deadline, if it has one."""
+        left: Any = context.time_remaining()
+        return _patience(300.0 if left is None else max(0.0, min(float(left), 1e6)), context)
+
+
+def _job_status(job: Job) -> pb.JobStatus:
+    shard = job.shard
+    return pb.JobStatus(
+        name=job.name,
+        step=-1 if shard is None else shard.step,
+        committed_steps=job.committed_steps(),
+        parameters=0 if shard is None else len(shard.manifest),
+        chunks=0 if shard is None else len(shard),
+        resident_bytes=job.resident_bytes,
+        sessions=[_session_status(session) for session in job.living_sessions()],
+    )
+
+
+def _session_status(session: Session) -> pb.SessionStatus:
+    return pb.SessionStatus(
+        rank=session.rank,
+        world_size=session.world_size,
+        seconds_since_heartbeat=session.seconds_silent,
+        read_only=session.read_only,
+    )

@@ -1,0 +1,182 @@
+"""Sessions: one trainer process's lease on a job, and who of the trainers is lost."""
+
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from ps.errors import Conflict, InvalidRequest, RankLost, SessionEnded
+from ps.monitor import Monitor, Patience
+
+MAX_WORLD_SIZE = 1 << 16
+_MAX_READERS = 1024
+_MAX_ID_CHARS = 200
+
+
+@dataclass(eq=False)
+class Session:
+    """The lease of one trainer process. Times are of the monotonic clock, in seconds."""
+
+    job: str
+    rank: int
+    world_size: int
+    incarnation: str
+    read_only: bool
+    lease_seconds: float
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    opened_at: float = field(default_factory=time.monotonic)
+    last_seen: float = field(default_factory=time.monotonic)
+    ended: str | None = None
+    """Why it ended; None while it lives."""
+
+    def check(self) -> None:
+        """Raises SessionEnded unless the session is alive."""
+        if self.ended is not None:
+            raise SessionEnded(f"this session (rank {self.rank} of job {self.job!r}) has ended: {self.ended}")
+
+    def touch(self) -> None:
+        """Any call of a session renews its lease."""
+        self.check()
+        self.last_seen = time.monotonic()
+
+    @property
+    def seconds_silent(self) -> float:
+        return time.monotonic() - self.last_seen
+
+    @property
+    def who(self) -> str:
+        return "a reader" if self.read_only else f"rank {self.rank}/{self.world_size}"
+
+
+class Sessions:
+    """The sessions of one job. Every method expects the job's monitor to be held.
+
+    on_end: called once with each session that ends, for whatever reason.
+    """
+
+    def __init__(self, job: str, lease_seconds: float, monitor: Monitor, on_end: Callable[[Session], None]):
+        self._job = job
+        self._lease_seconds = lease_seconds
+        self._monitor = monitor
+        self._on_end = on_end
+        self._ranks: dict[int, Session] = {}
+        self._readers: dict[str, Session] = {}
+        # The last session of a rank that ended without a successor.
+        self._lost: dict[int, Session] = {}
+        # Trainers that were refused since the present group formed: (rank, world size, when).
+        self._refused: tuple[int, int, float] | None = None
+
+    def open(
+        self, rank: int, world_size: int, incarnation: str, read_only: bool, patience: Patience
+    ) -> Session:
+        """A new session. It fences an older one of the same rank.
+
+        Raises InvalidRequest, and Conflict when living trainers state another world size.
+        """
+        if not incarnation or len(incarnation) > _MAX_ID_CHARS:
+            raise InvalidRequest(f"incarnation has to have 1 to {_MAX_ID_CHARS} characters")
+        if not read_only:
+            if not 1 <= world_size <= MAX_WORLD_SIZE:
+                raise InvalidRequest(f"world size has to be 1 to {MAX_WORLD_SIZE}, not {world_size}")
+            if rank >= world_size:
+                raise InvalidRequest(f"rank {rank} does not exist in a world of size {world_size}")
+            self._wait_for_world(rank, world_size, patience)
+        session = Session(self._job, rank, world_size, incarnation, read_only, self._lease_seconds)
+        if read_only:
+            if len(self._readers) >= _MAX_READERS:
+                raise Conflict(
+                    f"job {self._job!r} has {_MAX_READERS} read-only sessions, the most it may have"
+                )
+            self._readers[session.id] = session
+            return session
+        if rank in self._ranks:
+            self._end(self._ranks[rank], f"a newer trainer took over rank {rank}")
+        self._lost.pop(rank, None)
+        self._ranks[rank] = session
+        self._monitor.changed()
+        return session
+
+    def _wait_for_world(self, rank: int, world_size: int, patience: Patience) -> None:
+        """Waits for the leases of a former group; one that is renewed meanwhile is no former group."""
+        arrived = time.monotonic()
+
+        def others() -> list[Session]:
+            return [s for s in self._ranks.values() if s.world_size != world_size]
+
+        def give_up() -> None:
+            self.expire()
+            for other in others():
+                if other.last_seen > arrived:
+                    self._refused = (rank, world_size, time.monotonic())
+                    self._monitor.changed()
+                    raise Conflict(
+                        f"trainers disagree on world size: rank {other.rank} says {other.world_size}, "
+                        f"this trainer (rank {rank}) says {world_size}"
+                    )
+
+        self._monitor.wait_until(
+            lambda: not others(),
+            patience,
+            lambda: (
+                f"the leases of {len(others())} trainers of a former run of job {self._job!r} "
+                f"with world size {others()[0].world_size} to end (this one has {world_size})"
+            ),
+            give_up,
+        )
+
+    def close(self, session: Session) -> None:
+        if session.ended is None:
+            self._end(session, "its trainer closed it")
+
+    def expire(self) -> None:
+        """Ends the sessions whose lease ran out."""
+        for session in self.living():
+            silent = session.seconds_silent
+            if silent > session.lease_seconds:
+                self._end(session, f"its lease ended after {silent:.1f} s without a sign of life")
+
+    def living(self) -> list[Session]:
+        return [*self._ranks.values(), *self._readers.values()]
+
+    def by_rank(self) -> dict[int, Session]:
+        return dict(self._ranks)
+
+    def trainers(self, world_size: int) -> list[Session] | None:
+        """The sessions by rank, or None while one is missing."""
+        if any(rank not in self._ranks for rank in range(world_size)):
+            return None
+        return [self._ranks[rank] for rank in range(world_size)]
+
+    def check_group(self, session: Session) -> None:
+        """Raises RankLost when a trainer that `session` worked with is gone.
+
+        One that fell silent before `session` began belongs to a former run, and its successor may still
+        be on the way.
+        """
+        session.check()
+        if session.read_only:
+            return
+        for rank, lost in sorted(self._lost.items()):
+            if rank < session.world_size and lost.last_seen > session.opened_at:
+                raise RankLost(f"rank {rank} of job {self._job!r} is lost: {lost.ended}")
+
+    def check_world(self, session: Session) -> None:
+        """Raises Conflict when a rank is missing and a trainer with another world size was refused."""
+        if self._refused is None or self.trainers(session.world_size) is not None:
+            return
+        rank, world_size, when = self._refused
+        if when > session.opened_at:
+            raise Conflict(
+                f"trainers disagree on world size: rank {rank} says {world_size}, "
+                f"this trainer (rank {session.rank}) says {session.world_size}"
+            )
+
+    def _end(self, session: Session, why: str) -> None:
+        session.ended = why
+        if session.read_only:
+            self._readers.pop(session.id, None)
+        elif self._ranks.get(session.rank) is session:
+            del self._ranks[session.rank]
+            self._lost[session.rank] = session
+        self._on_end(session)
+        self._monitor.changed()

@@ -1,0 +1,158 @@
+"""A job's state in memory on one server: the manifest, and the chunks of it that are placed here."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+
+from protos.layout import ChunkGrid, digest, place_all
+from ps.chunk import Chunk
+from ps.errors import Conflict, InvalidRequest
+from ps.optimizer import ChunkOptimizer
+from ps.store import OptimizerGroup, OptimizerSpec, StoredParameter
+
+
+class Shard:
+    """All chunks of a job that one server holds.
+
+    step: optimizer steps that all trainers agreed on; the version that every chunk will reach.
+    updated_step: the version that every chunk has reached.
+    failure: why a step failed; the state is of no use then.
+    spec: the optimizer as stated, or as a generation has it.
+    metadata: what the trainer gave to the last commit.
+    generation: the step of the generation that memory is equal to, or None.
+    """
+
+    def __init__(
+        self, index: int, num_shards: int, manifest: Sequence[StoredParameter], step: int = 0
+    ) -> None:
+        self.index = index
+        self.num_shards = num_shards
+        self.manifest = tuple(manifest)
+        self.step = step
+        self.updated_step = step
+        self.failure: str | None = None
+        self.spec: OptimizerSpec | None = None
+        self.optimizer: ChunkOptimizer | None = None
+        self.metadata = ""
+        self.generation: int | None = None
+        self._placement = place_all((p.shape for p in self.manifest), num_shards)
+        self.placement_digest = digest(self._placement)
+        self._chunks: dict[tuple[int, int], Chunk] = {}
+        self._of_parameter: list[list[Chunk]] = []
+        for number, parameter in enumerate(self.manifest):
+            grid = ChunkGrid.of(parameter.shape)
+            here: list[Chunk] = []
+            for chunk, place in enumerate(self._placement[number]):
+                if place != index:
+                    continue
+                label = f"chunk {chunk} of {parameter.name!r}"
+                here.append(Chunk(number, chunk, label, grid.chunk_shape(chunk), parameter.dtype, step))
+                self._chunks[number, chunk] = here[-1]
+            self._of_parameter.append(here)
+
+    def __iter__(self) -> Iterator[Chunk]:
+        """The chunks in the order of the manifest."""
+        return iter(self._chunks.values())
+
+    def __len__(self) -> int:
+        return len(self._chunks)
+
+    def find(self, parameter: int, chunk: int) -> Chunk:
+        """Raises InvalidRequest, saying whether the chunk is elsewhere or nowhere."""
+        found = self._chunks.get((parameter, chunk))
+        if found is not None:
+            return found
+        if parameter >= len(self.manifest):
+            raise InvalidRequest(
+                f"there is no parameter {parameter}: the manifest has {len(self.manifest)} parameters"
+            )
+        name = self.manifest[parameter].name
+        places = self._placement[parameter]
+        if chunk >= len(places):
+            raise InvalidRequest(f"there is no chunk {chunk} of {name!r}: it has {len(places)} chunks")
+        raise InvalidRequest(
+            f"chunk {chunk} of {name!r} is on shard {places[chunk]}, this is shard {self.index}"
+        )
+
+    def select(self, parameters: Iterable[int]) -> list[Chunk]:
+        """The chunks here of some parameters, in the order of the manifest; of all if none is named."""
+        wanted = set(parameters)
+        if not wanted:
+            return list(self)
+        if max(wanted) >= len(self.manifest):
+            raise InvalidRequest(
+                f"there is no parameter {max(wanted)}: the manifest has {len(self.manifest)} parameters"
+            )
+        return [chunk for parameter in sorted(wanted) for chunk in self._of_parameter[parameter]]
+
+    def missing_weights(self) -> int:
+        """How many chunks have never got a weight."""
+        return sum(chunk.weight is None for chunk in self)
+
+    def check_weights(self) -> None:
+        """Raises Conflict while a chunk has no weight."""
+        if missing := self.missing_weights():
+            first = next(chunk.label for chunk in self if chunk.weight is None)
+            raise Conflict(
+                f"{missing} of {len(self)} chunks have no weight yet ({first} is the first); rank 0 has to "
+                "write every weight before training begins"
+            )
+
+    def stated_optimizer(self) -> OptimizerSpec | None:
+        """The optimizer with the options of the last step."""
+        if self.spec is None or self.optimizer is None:
+            return self.spec
+        groups = zip(self.optimizer.options.stated, self.spec.groups, strict=True)
+        return replace(
+            self.spec, groups=tuple(OptimizerGroup(options, group.parameters) for options, group in groups)
+        )
+
+    def set_trainable(self, manifest: Sequence[StoredParameter]) -> None:
+        """Which parameters are trained may change while a job is open; all else of a manifest may not."""
+        trainable = {p.name: p.trainable for p in manifest}
+        self.manifest = tuple(replace(p, trainable=trainable[p.name]) for p in self.manifest)
+
+    def needed_bytes(self, world_size: int, state_bytes_per_element: float) -> int:
+        """An estimate of the memory that training this shard takes: weights, state and accumulators."""
+        total = 0.0
+        for chunk in self:
+            total += chunk.num_bytes()
+            if self.manifest[chunk.parameter].has_state:
+                total += chunk.num_bytes(chunk.accumulation_dtype) * world_size
+                total += chunk.elements * state_bytes_per_element
+        return int(total)
+
+    @property
+    def resident_bytes(self) -> int:
+        return sum(chunk.resident_bytes for chunk in self)
+
+
+def check_same_model(job: str, ours: Sequence[StoredParameter], theirs: Sequence[StoredParameter]) -> None:
+    """Raises Conflict naming the first parameter, in the order of `theirs`, that differs.
+
+    The order of the manifests and what is trainable do not matter.
+    """
+    known = {p.name: p for p in ours}
+    for parameter in theirs:
+        mine = known.get(parameter.name)
+        if mine is None:
+            raise Conflict(_differs(job, parameter.name, "the job does not have it"))
+        for what in ("shape", "dtype", "kind"):
+            has, wanted = getattr(mine, what), getattr(parameter, what)
+            if has != wanted:
+                difference = f"its {what} is {_text(has)} in the job and {_text(wanted)} in this model"
+                raise Conflict(_differs(job, parameter.name, difference))
+    stated = {p.name for p in theirs}
+    for mine in ours:
+        if mine.name not in stated:
+            raise Conflict(_differs(job, mine.name, "this model does not have it"))
+
+
+def _differs(job: str, name: str, difference: str) -> str:
+    return (
+        f"job {job!r} holds another model: parameter {name!r} differs, {difference}; "
+        "open the job with the model it was created with, or choose another job name"
+    )
+
+
+def _text(value: object) -> str:
+    return str(value).removeprefix("torch.")

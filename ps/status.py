@@ -1,0 +1,73 @@
+"""`zero-ps status`: what servers hold and who is connected, as a table."""
+
+import os
+from collections.abc import Sequence
+
+# gRPC's own lines about a server that is not there would stand beside ours.
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+
+import grpc
+
+from protos import zero_ps_pb2 as pb
+from protos import zero_ps_pb2_grpc
+from ps.budget import format_bytes
+
+_HEADINGS = ("ADDRESS", "SHARD", "MEMORY", "PULLED", "PUSHED", "JOB", "STEP", "COMMITTED", "TRAINERS")
+
+
+def print_status(addresses: Sequence[str], timeout_seconds: float) -> int:
+    """Prints a line for each job of each server. Returns 1 if a server does not answer, else 0.
+
+    addresses: "host:port", several of them also joined by commas.
+    """
+    rows = []
+    failed = False
+    for address in [a for text in addresses for a in text.split(",") if a]:
+        try:
+            with grpc.insecure_channel(address) as channel:
+                stub = zero_ps_pb2_grpc.ParameterServerStub(channel)
+                rows += _rows(address, stub.Status(pb.StatusRequest(), timeout=timeout_seconds))
+        except grpc.RpcError as error:
+            failed = True
+            code = error.code() if isinstance(error, grpc.Call) else "unknown"
+            rows.append((address, f"no answer ({getattr(code, 'name', code)})"))
+    for row in _aligned([_HEADINGS, *rows]):
+        print(row)
+    return int(failed)
+
+
+def _rows(address: str, status: pb.StatusResponse) -> list[tuple[str, ...]]:
+    server = (
+        address,
+        f"{status.shard}/{status.num_shards}",
+        format_bytes(status.rss_bytes),
+        format_bytes(status.bytes_pulled),
+        format_bytes(status.bytes_pushed),
+    )
+    jobs = [
+        (
+            job.name,
+            "-" if job.step < 0 else str(job.step),
+            ",".join(map(str, job.committed_steps)) or "-",
+            _trainers(job),
+        )
+        for job in status.jobs
+    ]
+    return [(*server, *job) for job in jobs or [("-", "-", "-", "-")]]
+
+
+def _trainers(job: pb.JobStatus) -> str:
+    ranks = sorted(s.rank for s in job.sessions if not s.read_only)
+    readers = sum(s.read_only for s in job.sessions)
+    world_size = max((s.world_size for s in job.sessions if not s.read_only), default=0)
+    parts = [f"{len(ranks)} of {world_size}"] if ranks else []
+    parts += [f"{readers} reading"] if readers else []
+    return ", ".join(parts) or "-"
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    # A row that is shorter than the headings is a message; it does not widen the columns.
+    width = len(rows[0])
+    widths = [max(len(row[i]) for row in rows if len(row) == width) for i in range(width)]
+    widths[0] = max(len(row[0]) for row in rows)
+    return ["  ".join(f"{text:<{widths[i]}}" for i, text in enumerate(row)).rstrip() for row in rows]

@@ -1,0 +1,262 @@
+"""Steps of one job: contributions come in, become final, and a step begins once all trainers agree."""
+
+import math
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from protos.values import Option
+from ps.chunk import Chunk
+from ps.contributions import Contributions, average
+from ps.errors import Conflict, InvalidRequest, JobFailed, SessionEnded
+from ps.monitor import Monitor, Patience
+from ps.optimizer import Options
+from ps.sessions import Session, Sessions
+from ps.shard import Shard
+from ps.updater import AgreedStep, Updater
+
+
+@dataclass(frozen=True)
+class StepWish:
+    """What a trainer says a step is to do.
+
+    groups: the options of each parameter group.
+    scales: sets of parameters and the factor for their averaged gradients.
+    """
+
+    groups: tuple[Mapping[str, Option], ...]
+    scales: tuple[tuple[tuple[int, ...], float], ...]
+
+
+class Steps:
+    """Contributions of the present sessions, and who has said what about the next step."""
+
+    def __init__(self, job: str, sessions: Sessions, monitor: Monitor, updater: Updater) -> None:
+        self._job = job
+        self._sessions = sessions
+        self._monitor = monitor
+        self._updater = updater
+        self._contributions: dict[str, Contributions] = {}
+        self._wishes: dict[int, StepWish] = {}
+        self._disagreement: str | None = None
+        self._norm_lock = threading.Lock()
+        self._norms: dict[tuple[object, ...], list[float]] = {}
+
+    def join(self, session: Session) -> None:
+        self._contributions[session.id] = Contributions()
+
+    def leave(self, session: Session) -> None:
+        """Discards what a session contributed and no agreed step uses; expects the monitor to be held."""
+        if self._contributions.pop(session.id, None) is not None and not session.read_only:
+            self._wishes.pop(session.rank, None)
+            self._disagreement = None
+
+    def reset(self) -> None:
+        """Discards everything, for a restore; expects the monitor to be held."""
+        self._contributions = {id: Contributions() for id in self._contributions}
+        self._wishes.clear()
+        self._disagreement = None
+        self._norms.clear()
+
+    @property
+    def resident_bytes(self) -> int:
+        return sum(c.resident_bytes for c in list(self._contributions.values()))
+
+    def of(self, session: Session) -> Contributions:
+        """Raises SessionEnded; InvalidRequest for a session that has no rank."""
+        session.check()
+        if session.read_only:
+            raise InvalidRequest("a read-only session cannot change anything")
+        try:
+            return self._contributions[session.id]
+        except KeyError:
+            raise SessionEnded("this session has just ended") from None
+
+    def check_progress(self, session: Session) -> None:
+        """Raises when the next step cannot come about: a trainer is lost, or they disagree."""
+        self._sessions.check_group(session)
+        if self._disagreement is not None and not session.read_only:
+            raise Conflict(self._disagreement)
+
+    def add(
+        self,
+        session: Session,
+        contributions: Contributions,
+        step: int,
+        sequence: int,
+        gradients: Sequence[tuple[Chunk, torch.Tensor]],
+    ) -> list[torch.Tensor]:
+        """Counts gradients (flat, any floating dtype) of one micro-batch. Returns memory to use again.
+
+        Raises Conflict if the session has said that its contributions to the step are final, or if an
+        earlier contribution is missing. What was counted before is not counted again.
+        """
+        with contributions.lock:
+            session.check()
+            new = [
+                (chunk, gradient)
+                for chunk, gradient in gradients
+                if contributions.check_sequence(chunk, step, sequence)
+            ]
+            if new and contributions.final_step >= step:
+                raise Conflict(
+                    f"rank {session.rank} said that its gradients of step {step} are final and then sent "
+                    "another; call zero_grad first to begin anew"
+                )
+            spare = [contributions.add(chunk, gradient, step) for chunk, gradient in new]
+        return [tensor for tensor in spare if tensor is not None]
+
+    def zero(self, session: Session, shard: Shard, step: int, chunks: Iterable[Chunk]) -> None:
+        """Discards the session's contributions to these chunks. Raises Conflict if it is not at `step`."""
+        contributions = self.of(session)
+        with contributions.lock:
+            with self._monitor:
+                session.check()
+                stepped = contributions.stepped == shard.step
+                present = shard.step + stepped
+                if step != present:
+                    raise Conflict(
+                        f"rank {session.rank} zeroes gradients of step {step} but is at step {present}"
+                    )
+                if not stepped:
+                    contributions.final_step = -1
+                    self._norms.clear()
+            contributions.zero(chunks, present)
+
+    def norms(
+        self,
+        session: Session,
+        shard: Shard,
+        step: int,
+        parameters: Sequence[int],
+        norm_type: float,
+        patience: Patience,
+    ) -> list[float]:
+        """The norm of the averaged gradient of each chunk here, in the order of the manifest.
+
+        Makes the session's contributions final and waits for those of the other ranks. A chunk that
+        nobody contributed to has norm 0.
+        """
+        if math.isnan(norm_type):
+            raise InvalidRequest("norm_type is not a number")
+        chunks = shard.select(parameters)
+        contributions = self.of(session)
+        with contributions.lock, self._monitor:
+            self._check_step(session, shard, step)
+            contributions.final_step = step
+            self._monitor.changed()
+
+        def by_rank() -> list[Contributions] | None:
+            trainers = self._sessions.trainers(session.world_size)
+            return None if trainers is None else [self._contributions[t.id] for t in trainers]
+
+        def all_final() -> bool:
+            everyone = by_rank()
+            return everyone is not None and all(c.final_step == step for c in everyone)
+
+        self._monitor.wait_until(
+            all_final,
+            patience,
+            lambda: f"the other ranks' gradients of step {step} of job {self._job!r}",
+            lambda: self.check_progress(session),
+        )
+        key = (step, tuple(parameters), norm_type)
+        with self._norm_lock:
+            # Every rank asks for the same.
+            if key not in self._norms:
+                everyone = by_rank() or [contributions]
+                self._norms[key] = [_norm(chunk, everyone, norm_type) for chunk in chunks]
+            return self._norms[key]
+
+    def step(self, session: Session, shard: Shard, step: int, wish: StepWish) -> None:
+        """The session's contributions are final; with the last rank's word the step begins.
+
+        Repeating it is harmless. Raises Conflict if the ranks disagree about options.
+        """
+        contributions = self.of(session)
+        if contributions.stepped == step:
+            return
+        if shard.optimizer is None:
+            raise Conflict(f"job {self._job!r} has no optimizer; state one before the first step")
+        if self._wishes.get(session.rank) != wish:
+            _check_scales(shard, wish)
+        options = shard.optimizer.resolve(wish.groups)
+        with contributions.lock, self._monitor:
+            if contributions.stepped == step:
+                return
+            self._check_step(session, shard, step)
+            shard.check_weights()
+            for rank, other in self._wishes.items():
+                if difference := _difference(other, wish):
+                    self._disagreement = (
+                        f"trainers disagree on step {step}: {difference[0]} is {difference[1]} on rank {rank} and "
+                        f"{difference[2]} on rank {session.rank}"
+                    )
+                    self._monitor.changed()
+                    raise Conflict(self._disagreement)
+            self._disagreement = None
+            contributions.final_step = contributions.stepped = step
+            self._wishes[session.rank] = wish
+            trainers = self._sessions.trainers(session.world_size)
+            if trainers is not None and all(t.rank in self._wishes for t in trainers):
+                self._begin(shard, options, wish, [self._contributions[t.id] for t in trainers])
+            self._monitor.changed()
+
+    def _begin(
+        self, shard: Shard, options: Options, wish: StepWish, contributions: Sequence[Contributions]
+    ) -> None:
+        scales: dict[int, tuple[float, ...]] = {}
+        for parameters, scale in wish.scales:
+            for parameter in parameters:
+                scales[parameter] = (*scales.get(parameter, ()), scale)
+        agreed = AgreedStep(shard, shard.step, options, scales, tuple(contributions))
+        shard.step += 1
+        self._wishes.clear()
+        self._norms.clear()
+        self._updater.submit(agreed)
+
+    def _check_step(self, session: Session, shard: Shard, step: int) -> None:
+        session.check()
+        if shard.failure is not None:
+            raise JobFailed(f"{shard.failure}; restore a committed step to go on")
+        if step != shard.step:
+            raise Conflict(
+                f"rank {session.rank} is at step {step}, job {self._job!r} on shard {shard.index} at {shard.step}"
+            )
+
+
+def _norm(chunk: Chunk, contributions: Sequence[Contributions], norm_type: float) -> float:
+    with chunk.lock:
+        gradient = average(chunk, contributions)
+        if gradient is None:
+            return 0.0
+        return float(torch.linalg.vector_norm(gradient, norm_type))
+
+
+def _check_scales(shard: Shard, wish: StepWish) -> None:
+    for parameters, _ in wish.scales:
+        if not parameters or max(parameters) >= len(shard.manifest):
+            raise InvalidRequest("a gradient scale has to name parameters of the manifest")
+
+
+def _difference(ours: StepWish, theirs: StepWish) -> tuple[str, object, object] | None:
+    """The first option that differs: its name and both values."""
+    if len(ours.groups) != len(theirs.groups):
+        return "the number of parameter groups", len(ours.groups), len(theirs.groups)
+    for number, (mine, other) in enumerate(zip(ours.groups, theirs.groups, strict=True)):
+        for name in sorted(set(mine) | set(other)):
+            if name not in mine or name not in other or not _same(mine[name], other[name]):
+                return f"option {name!r} of group {number}", mine.get(name), other.get(name)
+    if len(ours.scales) != len(theirs.scales) or not all(
+        mine[0] == other[0] and _same(mine[1], other[1])
+        for mine, other in zip(ours.scales, theirs.scales, strict=True)
+    ):
+        return "the gradient scale", [s for _, s in ours.scales], [s for _, s in theirs.scales]
+    return None
+
+
+def _same(ours: object, theirs: object) -> bool:
+    """Equality under which NaN equals itself: clipping gradients that are not finite scales by NaN."""
+    return ours == theirs or (ours != ours and theirs != theirs)
