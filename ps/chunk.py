@@ -81,6 +81,13 @@ class Chunk:
             self.weight.copy_(values.view(self.shape))
         self._views.clear()
 
+    def holds(self, values: torch.Tensor) -> bool:
+        """Whether the weight has these very bits already."""
+        if self.weight is None:
+            return False
+        stored = values.to(self.dtype).view(self.shape)
+        return byte_view(stored) == byte_view(self.weight)
+
     def advance(self, *, changed: bool) -> None:
         """On to the next version; expects the lock to be held."""
         self.version += 1

@@ -122,6 +122,12 @@ class Job:
     def close(self) -> None:
         self.updater.close()
 
+    @property
+    def usable_step(self) -> int:
+        """The step from which training can go on without a restore, or -1."""
+        shard = self.shard
+        return -1 if shard is None or shard.failure is not None or shard.missing_weights() else shard.step
+
     def committed_steps(self) -> list[int]:
         return self._store.committed_steps()
 
@@ -156,6 +162,8 @@ class Job:
         with self.shard_lock, self.monitor:
             self.steps.of(session)
             shard = self.shard
+            if shard is not None and shard.failure is not None and shard.failed_at < session.opened_at:
+                shard = None
             created = shard is None
             if shard is None:
                 shard = self._create(session, manifest)
@@ -241,9 +249,12 @@ class Job:
                         f"a weight for version {step} of {chunk.label} came at version {chunk.version}"
                     )
             for chunk, weight in values:
-                with chunk.lock:
-                    chunk.write(weight, adopt=True)
-            shard.generation = None
+                # Buffers are written before every commit, mostly as they were. That is no change, and
+                # a generation of this step stays good.
+                if not chunk.holds(weight):
+                    shard.generation = None
+                    with chunk.lock:
+                        chunk.write(weight, adopt=True)
             self.monitor.changed()
 
     def step_from(self, session: Session, step: int, wish: StepWish) -> None:
@@ -350,20 +361,25 @@ class Job:
 
     # ------------------------------------------------------------ waiting
 
-    def wait_for(
+    def wait_for_version(
         self, session: Session, shard: Shard, chunk: Chunk, version: int, patience: Patience
     ) -> None:
-        """Waits until a chunk is at `version` or beyond it, and has a weight."""
+        """Waits until a chunk is at `version` or beyond it."""
         self.monitor.wait_until(
-            lambda: chunk.version >= version and chunk.weight is not None and self.shard is shard,
+            lambda: chunk.version >= version and self.shard is shard,
             patience,
-            lambda: (
-                f"version {version} of {chunk.label} of job {self.name!r}, which "
-                + (f"is at {chunk.version}" if chunk.weight is not None else "has no weight yet")
-            ),
-            lambda: self._check_version(
-                session, shard, version if chunk.weight is not None else shard.step + 1
-            ),
+            lambda: f"version {version} of {chunk.label} of job {self.name!r}, which is at {chunk.version}",
+            lambda: self._check_version(session, shard, version),
+        )
+
+    def wait_for_weight(self, session: Session, shard: Shard, chunk: Chunk, patience: Patience) -> None:
+        """Waits until rank 0 has written a chunk's first weight."""
+        self.monitor.wait_until(
+            lambda: chunk.weight is not None and self.shard is shard,
+            patience,
+            lambda: f"rank 0 to write {chunk.label} of job {self.name!r}, which has no weight yet",
+            # As for a step that is still to come, it takes the other trainers to get there.
+            lambda: self._check_version(session, shard, shard.step + 1),
         )
 
     def _wait_at_rest(self, shard: Shard, session: Session, patience: Patience) -> None:

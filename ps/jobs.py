@@ -65,14 +65,20 @@ class Jobs:
         found[1].touch()
         return found
 
-    def list(self) -> list[Job]:
+    def loaded(self) -> list[Job]:
         with self._lock:
             return sorted(self._jobs.values(), key=lambda job: job.name)
+
+    def stored(self) -> list[tuple[str, list[int]]]:
+        """Name and committed steps of the jobs that are on disk only."""
+        loaded = {job.name for job in self.loaded()}
+        names = [name for name in self.data_dir.jobs() if name not in loaded]
+        return [(name, self.data_dir.job_store(name).committed_steps()) for name in names]
 
     def close(self) -> None:
         self._closing.set()
         self._reaper.join()
-        for job in self.list():
+        for job in self.loaded():
             job.close()
 
     def _job(self, name: str) -> Job:
@@ -93,5 +99,5 @@ class Jobs:
     def _expire(self) -> None:
         every = min(0.5, self.options.lease_seconds / 10)
         while not self._closing.wait(every):
-            for job in self.list():
+            for job in self.loaded():
                 job.expire()

@@ -17,7 +17,6 @@ from ps.statuses import stream_error
 from ps.traffic import Traffic
 from ps.wire import check_convertible, decode_chunks, decode_dtype
 
-
 Block = tuple[int, Callable[[int, int], bytes]]
 """The size of some bytes, and how to read a range of them."""
 
@@ -90,7 +89,8 @@ def _chunks(
     for chunk in chunks:
         if chunk.version < version or chunk.weight is None:
             yield None
-            job.wait_for(session, shard, chunk, version, patience)
+            job.wait_for_version(session, shard, chunk, version, patience)
+            job.wait_for_weight(session, shard, chunk, patience)
         yield chunk.num_bytes(dtype), _reader(chunk, version, dtype or chunk.dtype)
 
 

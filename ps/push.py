@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from protos import zero_ps_pb2 as pb
-from ps.chunk import Chunk, byte_view
+from ps.chunk import byte_view
 from ps.errors import Conflict, InvalidRequest
 from ps.job import Job
 from ps.jobs import Jobs
@@ -138,7 +138,7 @@ def _begin(jobs: Jobs, pool: BufferPool, header: pb.PushHeader, cancelled: Calla
         case pb.PushHeader.KIND_GRADIENT:
             return _gradient(job, session, pool, header, cancelled)
         case pb.PushHeader.KIND_WEIGHT:
-            return _weight(job, session, header)
+            return _weight(job, session, header, cancelled)
         case pb.PushHeader.KIND_STAGED:
             return _staged(job, session, header)
     raise InvalidRequest(f"there is no kind {header.kind} of push")
@@ -155,7 +155,7 @@ def _gradient(
         raise Conflict(f"a gradient of step {step} came while job {job.name!r} is at step {shard.step}")
     patience = Patience.of(_UPDATE_WAIT_SECONDS, cancelled)
     for chunk in chunks:
-        job.wait_for(session, shard, chunk, step, patience)
+        job.wait_for_version(session, shard, chunk, step, patience)
         if chunk.version != step:
             raise Conflict(f"a gradient of step {step} for {chunk.label} came at version {chunk.version}")
     buffers = [pool.take(chunk.elements, dtype) for chunk in chunks]
@@ -170,13 +170,15 @@ def _gradient(
     return _Incoming(header.request_id, session, buffers, finish)
 
 
-def _weight(job: Job, session: Session, header: pb.PushHeader) -> _Incoming:
+def _weight(job: Job, session: Session, header: pb.PushHeader, cancelled: Callable[[], bool]) -> _Incoming:
     _check_rank_0(job, session)
     shard = job.open_shard()
     chunks = decode_chunks(shard, header.chunks)
     dtype = decode_dtype(header.dtype)
     check_convertible(chunks, dtype)
-    _check_version(chunks, header.step)
+    patience = Patience.of(_UPDATE_WAIT_SECONDS, cancelled)
+    for chunk in chunks:
+        job.wait_for_version(session, shard, chunk, header.step, patience)
     buffers = [torch.empty(chunk.elements, dtype=dtype or chunk.dtype) for chunk in chunks]
 
     def finish() -> None:
@@ -211,9 +213,3 @@ def _check_rank_0(job: Job, session: Session) -> None:
     job.steps.of(session)
     if session.rank != 0:
         raise InvalidRequest(f"only rank 0 writes weights, this is rank {session.rank}")
-
-
-def _check_version(chunks: Iterable[Chunk], step: int) -> None:
-    for chunk in chunks:
-        if chunk.version != step:
-            raise Conflict(f"a weight for version {step} of {chunk.label} came at version {chunk.version}")

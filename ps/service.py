@@ -77,7 +77,10 @@ class ParameterServer(zero_ps_pb2_grpc.ParameterServerServicer):
             peak_rss_bytes=peak,
             bytes_pulled=self.traffic.bytes_pulled,
             bytes_pushed=self.traffic.bytes_pushed,
-            jobs=[_job_status(job) for job in self._jobs.list()],
+            jobs=[_job_status(job) for job in self._jobs.loaded()]
+            + [
+                pb.JobStatus(name=name, step=-1, committed_steps=steps) for name, steps in self._jobs.stored()
+            ],
         )
 
     # ------------------------------------------------------------ sessions
@@ -109,7 +112,7 @@ class ParameterServer(zero_ps_pb2_grpc.ParameterServerServicer):
         return pb.OpenSessionResponse(
             session_id=session.id,
             lease_seconds=session.lease_seconds,
-            step=-1 if shard is None else shard.step,
+            step=job.usable_step,
             committed_steps=job.committed_steps(),
             metadata="" if shard is None else shard.metadata,
         )

@@ -1,5 +1,6 @@
 """A job's state in memory on one server: the manifest, and the chunks of it that are placed here."""
 
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
@@ -15,7 +16,7 @@ class Shard:
 
     step: optimizer steps that all trainers agreed on; the version that every chunk will reach.
     updated_step: the version that every chunk has reached.
-    failure: why a step failed; the state is of no use then.
+    failure, failed_at: why a step failed, and when on the monotonic clock. The state is of no use then.
     spec: the optimizer as stated, or as a generation has it.
     metadata: what the trainer gave to the last commit.
     generation: the step of the generation that memory is equal to, or None.
@@ -30,6 +31,7 @@ class Shard:
         self.step = step
         self.updated_step = step
         self.failure: str | None = None
+        self.failed_at = 0.0
         self.spec: OptimizerSpec | None = None
         self.optimizer: ChunkOptimizer | None = None
         self.metadata = ""
@@ -48,6 +50,10 @@ class Shard:
                 here.append(Chunk(number, chunk, label, grid.chunk_shape(chunk), parameter.dtype, step))
                 self._chunks[number, chunk] = here[-1]
             self._of_parameter.append(here)
+
+    def fail(self, why: str) -> None:
+        self.failed_at = time.monotonic()
+        self.failure = why
 
     def __iter__(self) -> Iterator[Chunk]:
         """The chunks in the order of the manifest."""

@@ -29,8 +29,9 @@ def print_status(addresses: Sequence[str], timeout_seconds: float) -> int:
                 rows += _rows(address, stub.Status(pb.StatusRequest(), timeout=timeout_seconds))
         except grpc.RpcError as error:
             failed = True
-            code = error.code() if isinstance(error, grpc.Call) else "unknown"
-            rows.append((address, f"no answer ({getattr(code, 'name', code)})"))
+            # Errors of calls are calls too, which the types do not say.
+            code = getattr(error, "code", lambda: grpc.StatusCode.UNKNOWN)()
+            rows.append((address, f"no answer ({code.name})"))
     for row in _aligned([_HEADINGS, *rows]):
         print(row)
     return int(failed)

@@ -66,7 +66,7 @@ class Updater:
                 self._update(step)
             except Exception as error:
                 _log.exception("job %r: step %d failed", self._job, step.step)
-                step.shard.failure = f"step {step.step} failed on shard {step.shard.index}: {error}"
+                step.shard.fail(f"step {step.step} failed on shard {step.shard.index}: {error}")
             # A local of an idle thread would keep a replaced shard in memory.
             del step
             self._monitor.changed()
