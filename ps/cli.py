@@ -115,7 +115,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _serve(options: argparse.Namespace) -> int:
-    from ps.job import ServerOptions
+    from ps.options import ServerOptions
     from ps.server import ServeOptions, StartError, serve
     from ps.store import StoreError
 

@@ -2,13 +2,15 @@
 
 import logging
 import threading
+import time
 from collections import OrderedDict
 
 from protos.names import check_job_name
 from ps.budget import Budget
 from ps.errors import InvalidRequest, NotFound
-from ps.job import Job, ServerOptions
+from ps.job import Job
 from ps.monitor import Patience
+from ps.options import ServerOptions
 from ps.sessions import Session
 from ps.store import DataDir, StoreError
 
@@ -98,6 +100,10 @@ class Jobs:
 
     def _expire(self) -> None:
         every = min(0.5, self.options.lease_seconds / 10)
+        due = time.monotonic() + every
         while not self._closing.wait(every):
+            # A server that was itself stopped or starved has heard nobody; that is not their fault.
+            overslept = time.monotonic() - due
             for job in self.loaded():
-                job.expire()
+                job.expire(max(0.0, overslept))
+            due = time.monotonic() + every

@@ -24,9 +24,9 @@ from grpc_reflection.v1alpha import reflection
 from protos import MAX_MESSAGE_BYTES, zero_ps_pb2, zero_ps_pb2_grpc
 from ps.address import split_address
 from ps.budget import Budget
-from ps.job import ServerOptions
 from ps.jobs import Jobs
 from ps.optimizer import warm_up
+from ps.options import ServerOptions
 from ps.service import ParameterServer
 from ps.store import DataDir
 

@@ -9,10 +9,12 @@ import grpc
 
 from protos import PROTOCOL_VERSION, zero_ps_pb2_grpc
 from protos import zero_ps_pb2 as pb
+from ps.commits import commit, restore
 from ps.errors import Conflict, ServerError
 from ps.job import Job
 from ps.jobs import Jobs
 from ps.monitor import Patience
+from ps.opening import open_job, set_optimizer
 from ps.process import memory_bytes
 from ps.pull import answer_pulls
 from ps.push import answer_pushes
@@ -113,7 +115,7 @@ class ParameterServer(zero_ps_pb2_grpc.ParameterServerServicer):
             session_id=session.id,
             lease_seconds=session.lease_seconds,
             step=job.usable_step,
-            committed_steps=job.committed_steps(),
+            committed_steps=job.generations.steps(),
             metadata="" if shard is None else shard.metadata,
         )
 
@@ -143,20 +145,20 @@ class ParameterServer(zero_ps_pb2_grpc.ParameterServerServicer):
     @_call
     def Restore(self, request: pb.RestoreRequest, context: grpc.ServicerContext) -> pb.RestoreResponse:
         job, session = self._jobs.find(request.session_id)
-        return pb.RestoreResponse(metadata=job.restore(session, request.step, self._update_wait(context)))
+        return pb.RestoreResponse(metadata=restore(job, session, request.step, self._update_wait(context)))
 
     @_call
     def OpenJob(self, request: pb.OpenJobRequest, context: grpc.ServicerContext) -> pb.OpenJobResponse:
         job, session = self._jobs.find(request.session_id)
         manifest, staging_ids = decode_manifest(request.manifest)
-        return encode_opened_job(job.open(session, manifest, staging_ids))
+        return encode_opened_job(open_job(job, session, manifest, staging_ids))
 
     @_call
     def SetOptimizer(
         self, request: pb.SetOptimizerRequest, context: grpc.ServicerContext
     ) -> pb.SetOptimizerResponse:
         job, session = self._jobs.find(request.session_id)
-        job.set_optimizer(session, decode_optimizer(request), self._update_wait(context))
+        set_optimizer(job, session, decode_optimizer(request), self._update_wait(context))
         return pb.SetOptimizerResponse()
 
     # ------------------------------------------------------------ bytes
@@ -204,7 +206,7 @@ class ParameterServer(zero_ps_pb2_grpc.ParameterServerServicer):
     def Commit(self, request: pb.CommitRequest, context: grpc.ServicerContext) -> pb.CommitResponse:
         job, session = self._jobs.find(request.session_id)
         patience = _patience(request.timeout_seconds, context)
-        written = job.commit(session, request.step, request.metadata, request.complete_step, patience)
+        written = commit(job, session, request.step, request.metadata, request.complete_step, patience)
         return pb.CommitResponse(path=str(written.path), bytes_written=written.bytes_written)
 
     @staticmethod
@@ -219,7 +221,7 @@ def _job_status(job: Job) -> pb.JobStatus:
     return pb.JobStatus(
         name=job.name,
         step=-1 if shard is None else shard.step,
-        committed_steps=job.committed_steps(),
+        committed_steps=job.generations.steps(),
         parameters=0 if shard is None else len(shard.manifest),
         chunks=0 if shard is None else len(shard),
         resident_bytes=job.resident_bytes,

@@ -74,11 +74,10 @@ class Updater:
     def _update(self, step: AgreedStep) -> None:
         optimizer = step.shard.optimizer
         assert optimizer is not None
-        with self._shard_lock:
-            optimizer.set_options(step.options)
-            step.shard.generation = None
         for batch in _batches(step.shard):
             with self._shard_lock, ExitStack() as locks:
+                step.shard.generation = None
+                optimizer.set_options(step.options)
                 for chunk in batch:
                     locks.enter_context(chunk.lock)
                 stepped: list[tuple[Chunk, torch.Tensor]] = []
@@ -99,7 +98,11 @@ class Updater:
                     for contributions in step.contributions:
                         contributions.updated(chunk)
             self._monitor.changed()
-        step.shard.updated_step = step.step + 1
+        with self._shard_lock:
+            # Also where no chunk is: what is committed has to be the same on every server.
+            step.shard.generation = None
+            optimizer.set_options(step.options)
+            step.shard.updated_step = step.step + 1
 
 
 def _batches(shard: Shard) -> Iterator[list[Chunk]]:

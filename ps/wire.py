@@ -12,7 +12,7 @@ from protos.names import check_parameter_name
 from protos.values import decode_options
 from ps.chunk import Chunk
 from ps.errors import InvalidRequest
-from ps.job import OpenedJob
+from ps.opening import OpenedJob
 from ps.shard import Shard
 from ps.steps import StepWish
 from ps.store import OptimizerGroup, OptimizerSpec, StoredParameter

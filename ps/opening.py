@@ -1,0 +1,125 @@
+"""Opening a job: the manifest is created or compared, staged weights find their place, an optimizer is set."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from ps.chunk import Chunk
+from ps.errors import Conflict, InvalidRequest
+from ps.job import Job
+from ps.monitor import Patience
+from ps.optimizer import ChunkOptimizer
+from ps.sessions import Session
+from ps.shard import Shard, check_same_model
+from ps.staging import Staging
+from ps.store import OptimizerSpec, StateArray, StoredParameter
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class OpenedJob:
+    """What a trainer is told about the job that it opened."""
+
+    manifest: tuple[StoredParameter, ...]
+    needs_weights: bool
+    bound: tuple[Chunk, ...]
+    step: int
+    placement_digest: str
+
+
+def open_job(
+    job: Job, session: Session, manifest: Sequence[StoredParameter], staging_ids: Mapping[str, int]
+) -> OpenedJob:
+    """Creates the job, or checks that it holds this model. Takes over chunks that were staged for it.
+
+    staging_ids: by parameter name. Raises Conflict naming the first parameter that differs.
+    """
+    with job.shard_lock, job.monitor:
+        job.steps.of(session)
+        shard = job.shard
+        if shard is not None and shard.failure is not None and shard.failed_at < session.opened_at:
+            shard = None
+        created = shard is None
+        if shard is None:
+            shard = _create(job, session, manifest)
+        else:
+            job.open_shard()
+            check_same_model(job.name, shard.manifest, manifest)
+            shard.set_trainable(manifest)
+        needs_weights = created or shard.missing_weights() > 0
+        if not needs_weights and len(shard):
+            job.staging(session).clear()
+        bound = _bind(job.staging(session), shard, staging_ids)
+        job.monitor.changed()
+        return OpenedJob(shard.manifest, needs_weights, tuple(bound), shard.step, shard.placement_digest)
+
+
+def _create(job: Job, session: Session, manifest: Sequence[StoredParameter]) -> Shard:
+    if steps := job.generations.steps():
+        raise Conflict(
+            f"job {job.name!r} has committed steps on shard {job.options.index} ({_list(steps)}) and none of "
+            "them was restored; restore one, or move the job's folder away to begin anew"
+        )
+    shard = Shard(job.options.index, job.options.num_shards, manifest)
+    reserve(job, shard, session.world_size, 0.0)
+    job.shard = shard
+    _log.info("job %r: created, %d parameters, %d chunks here", job.name, len(manifest), len(shard))
+    return shard
+
+
+def _bind(staging: Staging, shard: Shard, staging_ids: Mapping[str, int]) -> list[Chunk]:
+    bound = []
+    for chunk in shard:
+        staging_id = staging_ids.get(shard.manifest[chunk.parameter].name)
+        if staging_id is None or chunk.weight is not None:
+            continue
+        values = staging.take(staging_id, chunk)
+        if values is not None:
+            with chunk.lock:
+                chunk.write(values, adopt=True)
+            bound.append(chunk)
+    return bound
+
+
+def reserve(job: Job, shard: Shard, world_size: int, state_bytes_per_element: float) -> None:
+    needed = shard.needed_bytes(world_size, state_bytes_per_element)
+    what = "weights and gradients" + (" and optimizer state" if state_bytes_per_element else "")
+    job.budget.reserve(job.name, needed, what)
+
+
+def set_optimizer(job: Job, session: Session, spec: OptimizerSpec, patience: Patience) -> None:
+    """States the optimizer. Groups may change, the class may not. Raises Conflict, InvalidRequest."""
+    job.steps.of(session)
+    shard = job.open_shard()
+    job.wait_at_rest(shard, session, patience)
+    # Outside the locks: the first optimizer of a process takes a second or two.
+    optimizer = ChunkOptimizer(spec, len(shard.manifest))
+    for parameter in optimizer.group_of:
+        if shard.manifest[parameter].kind != "parameter":
+            raise InvalidRequest(f"buffer {shard.manifest[parameter].name!r} cannot be optimized")
+    with job.shard_lock, job.monitor:
+        job.steps.of(session)
+        if job.shard is not shard:
+            raise Conflict(f"job {job.name!r} was restored meanwhile")
+        if shard.spec is not None and shard.spec.class_name != spec.class_name:
+            raise Conflict(
+                f"job {job.name!r} was trained with torch.optim.{shard.spec.class_name} and cannot go on with "
+                f"{spec.class_name}; use the same class, or another job name"
+            )
+        if shard.optimizer is not None and shard.spec == spec:
+            return
+        reserve(job, shard, session.world_size, _state_bytes_per_element(optimizer.arrays))
+        if shard.optimizer is not None:
+            optimizer.arrays = {**shard.optimizer.arrays, **optimizer.arrays}
+        shard.spec, shard.optimizer = spec, optimizer
+
+
+def _state_bytes_per_element(arrays: Mapping[str, StateArray]) -> float:
+    return float(
+        sum((array.dtype.itemsize if array.dtype else 4) for array in arrays.values() if array.per_element)
+    )
+
+
+def _list(steps: Sequence[int]) -> str:
+    return ", ".join(map(str, steps[-5:]))

@@ -1,0 +1,16 @@
+"""What a server was told when it was started."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """index: of the shard that this server holds, out of num_shards.
+
+    keep: how many committed generations stay. lease_seconds: how long a silent trainer counts as alive.
+    """
+
+    index: int
+    num_shards: int
+    keep: int = 2
+    lease_seconds: float = 10.0
