@@ -27,7 +27,7 @@ class Settings:
     seed: int
     commit_every: int
     connect_timeout: float
-    log: Path | None
+    step_log: Path | None
     summary: Path | None
 
 
@@ -59,7 +59,7 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
         seed=flags.seed,
         commit_every=flags.commit_every,
         connect_timeout=flags.connect_timeout,
-        log=flags.log,
+        step_log=flags.step_log,
         summary=flags.summary,
     )
 
@@ -99,7 +99,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--dtype", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 where it is fast")
 
     add = parser.add_argument_group("reports, written by rank 0").add_argument
-    add("--log", type=Path, default=None, metavar="PATH", help="one JSON line for each step")
+    # Not --log: torchrun takes that for an abbreviation of its own flags, even after the module.
+    add("--step-log", type=Path, default=None, metavar="PATH", help="one JSON line for each step")
     add("--summary", type=Path, default=None, metavar="PATH", help="JSON, at the end")
     return parser
 

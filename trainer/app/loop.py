@@ -43,7 +43,7 @@ def train(settings: Settings) -> int:
         first_step = job.step
         if job.rank == 0:
             _introduce(settings, job, model, corpus, dtype, device)
-        report = Report(first_step=first_step, steps=settings.steps, log=settings.log, shown=job.rank == 0)
+        report = Report(first_step=first_step, steps=settings.steps, log=settings.step_log, shown=job.rank == 0)
         began = time.monotonic()
         committed = first_step
         moved = Moved()
