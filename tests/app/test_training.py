@@ -1,0 +1,107 @@
+"""The training application with real servers and several trainers."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ps import LocalCluster
+
+TINY = ["--layers", "1", "--width", "32", "--heads", "2", "--context", "16", "--batch", "4", "--dtype", "fp32"]
+
+
+def start(cluster: LocalCluster, rank: int, world_size: int, *flags: str) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [sys.executable, "-m", "trainer", "--servers", ",".join(cluster.addresses), *TINY, *flags],
+        env={**os.environ, "RANK": str(rank), "WORLD_SIZE": str(world_size), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def run(cluster: LocalCluster, world_size: int, *flags: str) -> list[str]:
+    """What each rank said; all of them have to succeed."""
+    processes = [start(cluster, rank, world_size, *flags) for rank in range(world_size)]
+    said = [process.communicate(timeout=100)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0] * world_size, "\n".join(said)
+    return said
+
+
+def steps_of(log: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in log.read_text().splitlines()]
+
+
+def test_two_trainers_train_and_report(cluster: LocalCluster, job_name: str, tmp_path: Path) -> None:
+    log, path = tmp_path / "log.jsonl", tmp_path / "deep" / "summary.json"
+    flags = ["--job", job_name, "--steps", "12", "--lr", "0.01", "--step-log", str(log), "--summary", str(path)]
+    said = run(cluster, 2, *flags, "--clip", "1.0")
+    summary = json.loads(path.read_text())
+    assert summary["steps"] == 12
+    assert summary["first_loss"] == pytest.approx(math.log(256), abs=1), "about a uniform guess"
+    assert summary["last_loss"] < summary["first_loss"]
+    assert set(summary["peak_rss_bytes"]) == {"trainer-0", "trainer-1"}
+    assert min(summary["peak_rss_bytes"].values()) > 1 << 20
+    assert not summary["interrupted"]
+    assert [line["step"] for line in steps_of(log)] == list(range(1, 13))
+    # Both trainers pull the model for each step and push a gradient for all of it.
+    assert summary["bytes_pushed"] >= 12 * 2 * 4 * summary["parameters"]
+    assert sum(line["bytes_pushed"] for line in steps_of(log)) <= summary["bytes_pushed"]
+    assert "committed step 12" in said[0]
+    assert "step" not in said[1], "only rank 0 reports"
+
+
+def test_a_second_run_sees_the_data_and_makes_the_steps_of_one_that_never_stopped(
+    cluster: LocalCluster, job_name: str, tmp_path: Path
+) -> None:
+    whole, parts = tmp_path / "whole.jsonl", tmp_path / "parts.jsonl"
+    # --warmup as long as the run: the learning rate of a step is then the same whatever --steps is.
+    flags = ["--warmup", "8", "--commit-every", "0"]
+    run(cluster, 1, *flags, "--job", f"{job_name}-whole", "--steps", "8", "--step-log", str(whole))
+    run(cluster, 1, *flags, "--job", job_name, "--steps", "4", "--step-log", str(parts))
+    (said,) = run(cluster, 1, *flags, "--job", job_name, "--steps", "8", "--step-log", str(parts))
+    assert "going on at step 4" in said
+    losses = [[line["loss"] for line in steps_of(log)] for log in (whole, parts)]
+    assert losses[0] == losses[1]
+
+    (said,) = run(cluster, 1, *flags, "--job", job_name, "--steps", "8", "--step-log", str(parts), "--seed", "5")
+    assert "not the same data as before: seed 0 -> 5" in said
+    assert "has made 8 steps already" in said
+    assert len(steps_of(parts)) == 8
+
+
+def test_ctrl_c_commits_and_says_how_to_go_on(cluster: LocalCluster, job_name: str, tmp_path: Path) -> None:
+    log, path = tmp_path / "log.jsonl", tmp_path / "summary.json"
+    flags = ["--job", job_name, "--steps", "100000", "--commit-every", "0"]
+    processes = [start(cluster, rank, 2, *flags, "--step-log", str(log), "--summary", str(path)) for rank in range(2)]
+    until = time.monotonic() + 60
+    while not (log.exists() and len(log.read_text().splitlines()) >= 3):
+        assert time.monotonic() < until
+        assert [process.poll() for process in processes] == [None, None]
+        time.sleep(0.02)
+    # To one rank only: the other has to stop with it, after the same step.
+    processes[1].send_signal(signal.SIGINT)
+    said = [process.communicate(timeout=60)[0] for process in processes]
+    assert [process.returncode for process in processes] == [130, 130], said
+    summary = json.loads(path.read_text())
+    assert summary["interrupted"]
+    assert f"step {summary['steps']} of 100000 is committed" in said[0]
+    assert summary["steps"] == steps_of(log)[-1]["step"]
+    (said_later,) = run(cluster, 1, "--job", job_name, "--steps", str(summary["steps"] + 1))
+    assert f"going on at step {summary['steps']}" in said_later
+
+
+def test_another_model_under_the_same_job_is_refused_in_one_line(cluster: LocalCluster, job_name: str) -> None:
+    run(cluster, 1, "--job", job_name, "--steps", "1")
+    other = start(cluster, 0, 1, "--job", job_name, "--steps", "2", "--width", "48")
+    said = other.communicate(timeout=60)[0]
+    assert other.returncode == 2, said
+    assert said.count("\n") == 1
+    assert "tokens.weight" in said
