@@ -35,7 +35,7 @@ class OffloadConfig:
     module_granularity_threshold: int = 0
     param_dtype: torch.dtype | None = None
     reduce_dtype: torch.dtype | None = None
-    max_inflight_push_bytes: int = 64 << 20
+    max_inflight_push_bytes: int = 32 << 20
 
     def __post_init__(self) -> None:
         for name in (

@@ -23,6 +23,7 @@ from protos import dtypes
 from protos.layout import ChunkGrid, Placement
 from trainer.errors import ConfigError
 from trainer.links import PushKind
+from trainer.memory import MemoryPool, trim_heap
 from trainer.parameter import NOT_HERE, OffloadedParameter, offloaded
 from trainer.transfer import Destination, RemoteParameter
 
@@ -58,6 +59,7 @@ class Construction:
 
     def __init__(self, job: "Job") -> None:
         self._job = job
+        self.memory = MemoryPool()
         # Values count on rank 0 of a new job only; elsewhere they are replaced by the servers'.
         self._keeps_values = job.rank == 0 and not job.exists
         self._thread = threading.get_ident()
@@ -66,6 +68,7 @@ class Construction:
         # Whole parameters, least recently touched first.
         self._resident: OrderedDict[OffloadedParameter, int] = OrderedDict()
         self._filling: nn.Module | None = None
+        self._freed = 0
 
     # The hooks see every module that any thread builds.
     def on_parameter(self, module: nn.Module, name: str, param: nn.Parameter | None) -> None:
@@ -158,6 +161,11 @@ class Construction:
             else:
                 state.guard()
             state.free()
+        # The blocks were malloc's, from the module's own constructor.
+        self._freed += sum(state.nbytes for state in leaving)
+        if self._freed > RESIDENT_BYTES or limit == 0:
+            trim_heap()
+            self._freed = 0
 
 
 def _remote(state: OffloadedParameter) -> RemoteParameter:

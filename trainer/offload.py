@@ -1,5 +1,6 @@
 """`trainer.offload` and `trainer.remove`: from a plain model to one whose parameters live on servers, and back."""
 
+import functools
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,6 +16,7 @@ from trainer.errors import ConfigError, ReleasedParameterError
 from trainer.hooks import Unit, current_frame
 from trainer.job import Job
 from trainer.links import PushKind
+from trainer.memory import MemoryPool
 from trainer.opening import open_job
 from trainer.parameter import NOT_HERE, OffloadedParameter, offloaded
 from trainer.saved import SavedParameter
@@ -82,6 +84,7 @@ class OffloadedModel:
         self.job = job
         self.config = config
         self.coordinator = Coordinator(job)
+        self.memory = MemoryPool()
         self._model = weakref.ref(model)
         self._backward_armed = False
         # Parameters of which servers hold gradients of this trainer.
@@ -256,14 +259,18 @@ class OffloadedModel:
             )
         if gradient.is_sparse:
             gradient = gradient.to_dense()
-        gradient = gradient.to(device="cpu", dtype=self.config.reduce_dtype or gradient.dtype).contiguous()
+        dtype = self.config.reduce_dtype or gradient.dtype
+        self.job.transfer.reserve(gradient.numel() * dtype.itemsize, self.config.max_inflight_push_bytes)
+        # A copy, in memory that is used again: autograd's own block goes back to the allocator at once.
+        block = self.memory.take(gradient.numel() * dtype.itemsize)
+        leaving = torch.empty(0, dtype=dtype).set_(block).reshape(gradient.shape).copy_(gradient)
         self.job.transfer.push(
             remote,
-            gradient,
+            leaving,
             PushKind.GRADIENT,
             step=self.job.step,
             sequence=state.contributions,
-            limit=self.config.max_inflight_push_bytes,
+            on_sent=functools.partial(self.memory.give, block),
         )
         state.contributions += 1
         self._gradients.add(state)

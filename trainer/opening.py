@@ -13,6 +13,7 @@ from trainer.manifest import Entry, entries, to_proto
 from trainer.parameter import offloaded
 from trainer.server import call_all
 from trainer.transfer import Destination, RemoteParameter
+from trainer.writing import MAX_INFLIGHT_BYTES
 
 
 def open_job(model: nn.Module, job: Job) -> dict[str, RemoteParameter]:
@@ -85,4 +86,5 @@ def _write(job: Job, entry: Entry, remote: RemoteParameter, bound: set[tuple[int
         values = data.view(state.dtype)
     else:
         values = tensor.detach().to("cpu").contiguous()
-    job.transfer.push(remote, values, PushKind.WEIGHT, step=0, chunks=missing, limit=64 << 20)
+    job.transfer.reserve(values.nbytes, MAX_INFLIGHT_BYTES)
+    job.transfer.push(remote, values, PushKind.WEIGHT, step=0, chunks=missing)

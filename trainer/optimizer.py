@@ -96,7 +96,7 @@ class RemoteOptimizer(Optimizer):
             # Schedulers keep notes of their own in the groups; only what the class knows goes out.
             return values.encode_options({name: group[name] for name in self.defaults})
         except TypeError as error:
-            raise ConfigError(str(error)) from None
+            raise ConfigError(f"torch.optim.{self._class_name} cannot run on the servers: {error}") from None
 
     @overload
     def step(self, closure: None = None) -> None: ...

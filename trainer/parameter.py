@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 import torch
 from torch import nn
 
+from trainer.memory import MemoryPool
 from trainer.released import released_class
 
 if TYPE_CHECKING:
@@ -24,7 +25,12 @@ NOT_HERE = -1
 
 
 class Owner(Protocol):
-    """Who decides what happens when a released parameter is used: the construction, later the model."""
+    """Who decides what happens when a released parameter is used: the construction, later the model.
+
+    memory: where gathered parameters have theirs from.
+    """
+
+    memory: MemoryPool
 
     def touch(self, states: Sequence["OffloadedParameter"], func: Callable[..., Any]) -> None:
         """Makes the parameters usable for a call of `func`, or raises an error that names them."""
@@ -120,12 +126,12 @@ class OffloadedParameter:
     def allocate(self) -> None:
         """Gives the storage its bytes, with undefined content."""
         if self.storage.nbytes() != self.nbytes:
-            self.storage.resize_(self.nbytes)
+            self.owner.memory.fill(self.storage, self.nbytes)
 
     def free(self) -> None:
         """Gives the bytes back."""
         self.version = NOT_HERE
-        self.storage.resize_(0)
+        self.owner.memory.empty(self.storage)
 
     def bytes_view(self) -> torch.Tensor:
         """The parameter's bytes as a 1-d uint8 tensor over the same storage."""

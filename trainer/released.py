@@ -34,6 +34,7 @@ def _metadata_functions() -> frozenset[object]:
         "is_floating_point", "is_complex", "is_signed", "is_inference", "is_same_size", "is_pinned", "is_shared",
         "__len__", "__hash__", "requires_grad_", "register_hook", "register_post_accumulate_grad_hook", "get_device",
         "retain_grad", "has_names", "_is_view", "is_coalesced", "is_conj", "is_neg", "dim_order", "_is_zerotensor",
+        "untyped_storage",
     )  # fmt: skip
     found: set[object] = {
         torch.is_floating_point, torch.is_complex, torch.numel, torch.is_tensor, torch.is_same_size, torch.is_storage,

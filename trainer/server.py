@@ -35,7 +35,7 @@ class Server:
             grpc.channel_ready_future(self._channel).result(timeout=timeout)
         except grpc.FutureTimeoutError:
             raise ConnectError(
-                f"no parameter server answers at {self.address} after {timeout:g} s; check the address and "
+                f"no parameter server answers at {self.address} after {timeout:.2g} s; check the address and "
                 f"that the server runs (zero-ps serve --shard I/N --data-dir DIR --listen {self.address})"
             ) from None
 

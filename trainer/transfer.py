@@ -3,7 +3,7 @@
 import functools
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -116,29 +116,32 @@ class Transfer:
         step: int,
         sequence: int = 0,
         chunks: Iterable[int] | None = None,
-        limit: int | None = None,
+        on_sent: Callable[[], None] | None = None,
     ) -> None:
         """Sends a whole parameter, or some of its chunks, without waiting for the acknowledgement.
 
-        tensor: contiguous CPU tensor of the parameter's shape. Kept until acknowledged, so it must not
-            be changed before `flush`.
-        limit: waits first until no more than this many bytes are on their way (one tensor may always be).
+        tensor: contiguous CPU tensor of the parameter's shape, not to be changed before `flush`.
+        on_sent: called, from any thread, when every server has acknowledged its part.
         """
         self.check()
         data = tensor.reshape(-1).view(torch.uint8)
         wanted = None if chunks is None else set(chunks)
-        for shard, link in enumerate(self._job.links):
+        pushes = []
+        for shard in range(len(self._job.links)):
             parts = [
                 (chunk, part)
                 for chunk, part in _parts(remote, data, tensor.dtype, shard)
                 if wanted is None or chunk in wanted
             ]
-            if not parts:
-                continue
+            if parts:
+                pushes.append((shard, parts))
+        sending = _Sending(len(pushes), on_sent)
+        for shard, parts in pushes:
             size = sum(part.numel() for _, part in parts)
-            self._reserve(size, limit)
+            with self._lock:
+                self._inflight_bytes += size
             self._job.stats.bytes_pushed += size
-            future = link.push(
+            future = self._job.links[shard].push(
                 Push(
                     kind=kind,
                     step=step,
@@ -148,44 +151,48 @@ class Transfer:
                     sequence=sequence,
                 )
             )
-            future.add_done_callback(functools.partial(self._acknowledged, size))
+            future.add_done_callback(functools.partial(self._acknowledged, size, sending))
+
+    def reserve(self, size: int, limit: int) -> None:
+        """Waits until `size` more bytes make at most `limit` bytes on their way; one push may always be."""
+        self._wait(lambda: self._inflight_bytes == 0 or self._inflight_bytes + size <= limit)
 
     def flush(self) -> None:
         """Waits until everything that was pushed is acknowledged; raises the first error of any push."""
-        with self._lock:
-            if not self._lock.wait_for(
-                lambda: self._error is not None or self._inflight_bytes == 0, self._job.timeout + GRACE_SECONDS
-            ):
-                raise DeadlineExceeded(
-                    f"{self._inflight_bytes} bytes pushed to the servers were not acknowledged within "
-                    f"{self._job.timeout:g} s; see 'zero-ps status'"
-                )
-        self.check()
+        self._wait(lambda: self._inflight_bytes == 0)
 
     def check(self) -> None:
         """Raises the error of a push that failed since; the step that it belonged to cannot be completed."""
         if self._error is not None:
             raise self._error
 
-    def _reserve(self, size: int, limit: int | None) -> None:
+    def _wait(self, ready: Callable[[], bool]) -> None:
         with self._lock:
-            if limit is not None and not self._lock.wait_for(
-                lambda: self._error is not None or self._inflight_bytes == 0 or self._inflight_bytes + size <= limit,
-                self._job.timeout + GRACE_SECONDS,
-            ):
+            if not self._lock.wait_for(lambda: self._error is not None or ready(), self._job.timeout + GRACE_SECONDS):
                 raise DeadlineExceeded(
                     f"{self._inflight_bytes} bytes pushed to the servers were not acknowledged within "
                     f"{self._job.timeout:g} s; see 'zero-ps status'"
                 )
-            self._inflight_bytes += size
         self.check()
 
-    def _acknowledged(self, size: int, future: "Future[None]") -> None:
+    def _acknowledged(self, size: int, sending: "_Sending", future: "Future[None]") -> None:
         with self._lock:
             self._inflight_bytes -= size
             if not future.cancelled() and future.exception() is not None:
                 self._error = self._error or future.exception()
+            sending.parts -= 1
+            finished = sending.parts == 0
             self._lock.notify_all()
+        if finished and sending.on_sent is not None:
+            sending.on_sent()
+
+
+@dataclass
+class _Sending:
+    """A push whose parts go to several servers."""
+
+    parts: int
+    on_sent: Callable[[], None] | None
 
 
 def _parts(

@@ -9,6 +9,7 @@ from trainer.parameter import OffloadedParameter
 from trainer.transfer import Destination
 
 MAX_INFLIGHT_BYTES = 64 << 20
+"""How many bytes of new values may wait to be sent."""
 
 
 def write_values(job: Job, state: OffloadedParameter, values: torch.Tensor) -> None:
@@ -37,4 +38,5 @@ def write_values(job: Job, state: OffloadedParameter, values: torch.Tensor) -> N
     else:
         # A copy: whoever assigned may change theirs before it is sent.
         values = values.to(remote.dtype, copy=True)
-    job.transfer.push(remote, values, PushKind.WEIGHT, step=job.step, limit=MAX_INFLIGHT_BYTES)
+    job.transfer.reserve(values.nbytes, MAX_INFLIGHT_BYTES)
+    job.transfer.push(remote, values, PushKind.WEIGHT, step=job.step)

@@ -4,6 +4,7 @@ import itertools
 import queue
 import threading
 from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import grpc
 import torch
@@ -40,6 +41,7 @@ class Client:
     """One rank of a job on one server."""
 
     _ids = itertools.count()
+    connected: ClassVar[list["Client"]] = []
 
     def __init__(
         self,
@@ -84,6 +86,7 @@ class Client:
         self.pulls = Stream(self.stub.Pull)
         self.pushes = Stream(self.stub.Push)
         self.manifest: pb.Manifest | None = None
+        self.connected.append(self)
         if heartbeat:
             threading.Thread(target=self._beat, daemon=True).start()
 
@@ -111,7 +114,7 @@ class Client:
         self.pushes.close()
         self.channel.close()
 
-    def open_job(self, parameters: Mapping[str, torch.Tensor], **kinds) -> pb.OpenJobResponse:
+    def open_job(self, parameters: Mapping[str, torch.Tensor]) -> pb.OpenJobResponse:
         manifest = pb.Manifest(parameters=[spec(name, tensor) for name, tensor in parameters.items()])
         response = self.call("OpenJob", manifest=manifest)
         self.manifest = response.manifest
@@ -159,9 +162,7 @@ class Client:
         if response.HasField("error"):
             raise StreamError(response.error)
 
-    def push_gradient(
-        self, parameter: int, gradient: torch.Tensor, *, step: int = 0, sequence: int = 0
-    ) -> None:
+    def push_gradient(self, parameter: int, gradient: torch.Tensor, *, step: int = 0, sequence: int = 0) -> None:
         self.push(
             pb.PushHeader.KIND_GRADIENT,
             self.chunks(parameter),
@@ -172,9 +173,7 @@ class Client:
         )
 
     def push_weight(self, parameter: int, weight: torch.Tensor, *, step: int = 0) -> None:
-        self.push(
-            pb.PushHeader.KIND_WEIGHT, self.chunks(parameter), to_bytes(weight), step=step, dtype=weight.dtype
-        )
+        self.push(pb.PushHeader.KIND_WEIGHT, self.chunks(parameter), to_bytes(weight), step=step, dtype=weight.dtype)
 
     def send_pull(
         self,
@@ -252,13 +251,13 @@ def start_job(
     address: str,
     parameters: Mapping[str, torch.Tensor],
     optimizer: str = "SGD",
+    *,
+    job: str = "job",
     world_size: int = 1,
     **options,
 ) -> list[Client]:
     """All ranks of a job that is ready for its first step."""
-    clients = [
-        Client(address, rank=rank, world_size=world_size, **_job(options)) for rank in range(world_size)
-    ]
+    clients = [Client(address, job=job, rank=rank, world_size=world_size) for rank in range(world_size)]
     for client in clients:
         client.open_job(parameters)
     for number, tensor in enumerate(parameters.values()):
@@ -266,10 +265,6 @@ def start_job(
     for client in clients:
         client.set_optimizer(optimizer, **options)
     return clients
-
-
-def _job(options: dict) -> dict:
-    return {"job": options.pop("job")} if "job" in options else {}
 
 
 def error_of(call) -> tuple[grpc.StatusCode, str]:

@@ -62,6 +62,11 @@ def wrong_world_size(addresses: list[str], job: str, sizes: list[int]) -> str:
         return str(error)
 
 
+def live_bytes(model: nn.Module) -> int:
+    """Bytes of parameters that are here."""
+    return sum(param.untyped_storage().nbytes() for param in model.parameters())
+
+
 class Deep(nn.Module):
     """Many equal layers, each of which is a small part of the model."""
 
@@ -86,6 +91,10 @@ def peak_memory(addresses: list[str], job: str, layers: int, width: int) -> dict
             model = Deep(layers, width)
         trainer.offload(model, connection)
         optimizer = trainer.RemoteOptimizer(model.parameters(), torch.optim.SGD, lr=0.1)
+        live: list[int] = []
+        for layer in model.layers:
+            layer.register_forward_hook(lambda *_: live.append(live_bytes(model)))
+            layer.register_full_backward_hook(lambda *_: live.append(live_bytes(model)))
         for _ in range(2):
             model(torch.randn(4, width)).sum().backward()
             optimizer.step()
@@ -96,4 +105,5 @@ def peak_memory(addresses: list[str], job: str, layers: int, width: int) -> dict
             "model": sum(param.numel() * 4 for param in model.parameters()),
             "largest": width * width * 4,
             "beyond": peak - before,
+            "live": max(live),
         }

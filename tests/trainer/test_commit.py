@@ -56,9 +56,7 @@ def test_a_trainer_that_was_killed_is_replaced_by_one_that_goes_on_from_the_serv
 ) -> None:
     model = seeded(Residual)
     expected = train(model, torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True), range(6))
-    parts = [
-        run_ranks("trainer.runs:steps_of_adamw", cluster.addresses, 1, job=job_name, steps=3)[0] for _ in range(2)
-    ]
+    parts = [run_ranks("trainer.runs:steps_of_adamw", cluster.addresses, 1, job=job_name, steps=3)[0] for _ in range(2)]
     assert [part["started_at"] for part in parts] == [0, 3]
     assert parts[0]["losses"] + parts[1]["losses"] == expected
 
