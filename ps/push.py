@@ -93,43 +93,38 @@ def answer_pushes(
     passing_over = False
     with ExitStack() as busy:
         for request in requests:
-            response: pb.PushResponse | None = None
-            request_id = incoming.request_id if incoming is not None else 0
-            try:
-                match request.WhichOneof("part"):
-                    case "header":
-                        request_id = request.header.request_id
-                        passing_over = False
-                        if incoming is not None:
-                            missing, incoming = incoming.missing_bytes, None
-                            raise InvalidRequest(f"a push began while another still lacked {missing} bytes")
-                        busy.enter_context(traffic.busy())
-                        incoming = _begin(jobs, pool, request.header, cancelled)
-                    case "data" if incoming is not None:
-                        traffic.pushed(len(request.data))
-                        incoming.feed(request.data)
-                    case "data" if passing_over:
-                        continue
-                    case _:
-                        raise _FramingLost
-                if incoming is not None and not incoming.missing_bytes:
-                    incoming.finish()
+            part = request.WhichOneof("part")
+            if part == "header":
+                if incoming is not None:
+                    missing = InvalidRequest(f"the push still lacked {incoming.missing_bytes} bytes")
+                    yield pb.PushResponse(request_id=incoming.request_id, error=stream_error(missing))
                     incoming = None
-                    response = pb.PushResponse(request_id=request_id)
-            except _FramingLost:
-                raise InvalidRequest(
-                    "a push stream has headers, each followed by its data, and no more"
-                ) from None
+                    busy.close()
+                request_id = request.header.request_id
+            elif part == "data" and incoming is not None:
+                request_id = incoming.request_id
+            elif part == "data" and passing_over:
+                continue
+            else:
+                raise InvalidRequest("a push stream has headers, each followed by its data, and no more")
+            try:
+                if incoming is None:
+                    busy.enter_context(traffic.busy())
+                    passing_over = False
+                    incoming = _begin(jobs, pool, request.header, cancelled)
+                else:
+                    traffic.pushed(len(request.data))
+                    incoming.feed(request.data)
+                if incoming.missing_bytes:
+                    continue
+                incoming.finish()
+                response = pb.PushResponse(request_id=request_id)
             except Exception as error:
-                incoming, passing_over = None, True
+                passing_over = True
                 response = pb.PushResponse(request_id=request_id, error=stream_error(error))
-            if response is not None:
-                busy.close()
-                yield response
-
-
-class _FramingLost(Exception):
-    pass
+            incoming = None
+            busy.close()
+            yield response
 
 
 def _begin(jobs: Jobs, pool: BufferPool, header: pb.PushHeader, cancelled: Callable[[], bool]) -> _Incoming:
