@@ -1,6 +1,5 @@
 """Bytes in and out: versions are exact, contributions count once, the sum does not depend on arrival."""
 
-import threading
 import time
 from collections.abc import Iterator
 
@@ -20,13 +19,6 @@ W = {"w": torch.arange(12.0).reshape(4, 3)}
 def address() -> Iterator[str]:
     with LocalCluster(1, lease=30) as cluster:
         yield cluster.addresses[0]
-
-
-def later(action) -> threading.Thread:
-    """Starts `action` a little later, in a thread."""
-    thread = threading.Timer(0.3, action)
-    thread.start()
-    return thread
 
 
 # ---------------------------------------------------------------- pull
