@@ -1,12 +1,13 @@
 """What rank 0 shows and writes while it trains: a progress bar or lines, a JSON log, a summary."""
 
 import json
+import os
 import sys
 import time
 from collections import deque
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from tqdm import tqdm
 
@@ -44,12 +45,7 @@ class Report:
         self._shown = shown
         self._last_line = 0.0
         self._log = _open_log(log, first_step) if log is not None and shown else None
-        on_terminal = shown and sys.stderr.isatty()
-        self._bar = (
-            tqdm(total=steps, initial=first_step, unit="step", smoothing=0.1, dynamic_ncols=True, file=sys.stderr)
-            if on_terminal
-            else None
-        )
+        self._bar = _make_bar(first_step, steps) if shown and sys.stderr.isatty() else None
 
     @property
     def loss(self) -> float | None:
@@ -106,6 +102,21 @@ def read_log(path: Path) -> list[StepReport]:
         except (ValueError, TypeError):
             continue
     return reports
+
+
+def _make_bar(first_step: int, steps: int) -> "tqdm[NoReturn]":
+    # A pseudo-terminal may say that it has no size, and tqdm would then draw nothing.
+    known = min(os.get_terminal_size(sys.stderr.fileno())) > 0
+    return tqdm(
+        total=steps,
+        initial=first_step,
+        unit="step",
+        smoothing=0.1,
+        ncols=None if known else 100,
+        nrows=None if known else 24,
+        dynamic_ncols=known,
+        file=sys.stderr,
+    )
 
 
 def _open_log(path: Path, first_step: int) -> Any:
