@@ -161,7 +161,7 @@ def _why_not(host: str, port: int) -> str:
         with socket.create_server((host.strip("[]"), port), family=_family(host), reuse_port=False):
             return "gRPC refuses the address"
     except OSError as error:
-        return error.strerror or str(error)
+        return os.strerror(error.errno) if error.errno else str(error)
 
 
 def _family(host: str) -> socket.AddressFamily:
