@@ -24,7 +24,7 @@ from trainer.errors import (
 )
 from trainer.gathering import gathered
 from trainer.job import Job
-from trainer.offload import offload, remove
+from trainer.offload import offload, release, remove
 from trainer.optimizer import RemoteOptimizer, clip_grad_norm_
 
 __all__ = [
@@ -44,5 +44,6 @@ __all__ = [
     "connect",
     "gathered",
     "offload",
+    "release",
     "remove",
 ]

@@ -5,7 +5,7 @@ along a recorded trace, and budgets, take their place behind these same calls.
 """
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -49,20 +49,26 @@ class Coordinator:
             self._job.transfer.flush()
             self._job.barrier("values assigned to released parameters")
             self.assigned = False
+        # Bytes are written by another thread, which torch would not let write to tensors that were made
+        # in inference mode.
+        with torch.inference_mode(False), torch.no_grad():
+            self._pull(missing, version)
+
+    def _pull(self, states: Sequence[OffloadedParameter], version: int) -> None:
         destinations = []
-        for state in missing:
-            state.allocate()
-            assert state.remote is not None
-            destinations.append(Destination(state.remote, state.landing(), state.dtype))
         try:
+            for state in states:
+                state.allocate()
+                assert state.remote is not None
+                destinations.append(Destination(state.remote, state.landing(), state.dtype))
             self._job.transfer.pull(destinations, version).wait()
+            for state, destination in zip(states, destinations, strict=True):
+                state.land(destination.buffer)
+                state.version = version
         except BaseException:
-            del destinations
-            self.release(missing)
+            destinations.clear()
+            self.release(states)
             raise
-        for state, destination in zip(missing, destinations, strict=True):
-            state.land(destination.buffer)
-            state.version = version
 
     def fetch_for_backward(self, state: OffloadedParameter) -> None:
         """Gathers a parameter until nothing in the running backward needs it."""
@@ -105,10 +111,14 @@ class Coordinator:
         self._unsaved.clear()
         self.release(list(self._for_backward))
         self._for_backward.clear()
+        self.release_lingering()
+
+    def release_lingering(self) -> None:
+        """Releases what was kept for a view that is gone by now."""
         self.release(list(self._lingering))
 
     def sweep(self) -> None:
-        """Releases what an exception left, and what was kept for a view that is gone."""
+        """Releases what an exception left."""
         self.end_of_backward()
 
     @property

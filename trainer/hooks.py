@@ -6,14 +6,16 @@ turns out to use while it runs.
 """
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from trainer import saved
+from trainer.errors import ConfigError
 from trainer.parameter import OffloadedParameter, offloaded
+from trainer.units import is_compiled
 
 if TYPE_CHECKING:
     from trainer.offload import OffloadedModel
@@ -72,10 +74,16 @@ class Unit:
         self.name = name
         self.model = model
         self.external: dict[OffloadedParameter, None] = {}
+        before: Callable[..., None] = self._before_forward
+        after: Callable[..., None] = self._after_forward
+        if is_compiled(module):
+            # What torch compiles of such a module includes its hooks, which only make sense as they are.
+            before = torch.compiler.disable(before)  # type: ignore[no-untyped-call]
+            after = torch.compiler.disable(after)  # type: ignore[no-untyped-call]
         self._handles = [
-            module.register_forward_pre_hook(self._before_forward, prepend=True),
+            module.register_forward_pre_hook(before, prepend=True),
             # always_call: after an exception too.
-            module.register_forward_hook(self._after_forward, always_call=True),
+            module.register_forward_hook(after, always_call=True),
         ]
 
     def remove(self) -> None:
@@ -93,7 +101,15 @@ class Unit:
         # First of all, so that the hook after forward finds it whatever happens here.
         stack.append(frame)
         params = module.parameters() if self.leaf else module._parameters.values()
-        states = [state for param in params if param is not None and (state := offloaded(param)) is not None]
+        states = []
+        for param in params:
+            if param is None:
+                continue
+            state = offloaded(param)
+            if state is not None:
+                states.append(state)
+            elif param.numel():
+                raise self._not_offloaded(param)
         if self.external:
             states += [state for state in self.external if state not in states]
         frame.use(states)
@@ -104,7 +120,16 @@ class Unit:
             for state in states:
                 state.model.watch_gradient(state)
 
+    def _not_offloaded(self, param: nn.Parameter) -> ConfigError:
+        name = next(name for name, found in self.module.named_parameters(self.name) if found is param)
+        return ConfigError(
+            f"parameter {name!r} was replaced or added after trainer.offload, so no server has it; change values by "
+            "trainer.gathered(..., modify=True) or load_state_dict(), or call trainer.remove(model) and offload again"
+        )
+
     def _after_forward(self, module: nn.Module, args: object, output: object) -> None:
         stack = _frames.stack
         if stack and stack[-1].unit is self:
             stack.pop().end()
+            if not stack and self.model.coordinator.lingering:
+                self.model.coordinator.release_lingering()

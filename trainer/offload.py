@@ -71,6 +71,14 @@ def remove(model: nn.Module) -> nn.Module:
     return model
 
 
+def release(model: nn.Module) -> None:
+    """Gives back the memory of everything that stays gathered between uses, until it is used again."""
+    offloaded_model = find(model)
+    if offloaded_model is None:
+        raise ConfigError("this model is not offloaded")
+    offloaded_model.release()
+
+
 def find(model: nn.Module) -> "OffloadedModel | None":
     """What `offload` made of the model, or None."""
     found = model.__dict__.get(_ATTRIBUTE)
@@ -161,6 +169,12 @@ class OffloadedModel:
             saved.unregister(state)
             state.detach()
         self.job.model = None
+
+    def release(self) -> None:
+        self.coordinator.sweep()
+        for state in self.persistent:
+            if not state.active and not state.aliased:
+                state.free()
 
     # ------------------------------------------------------------ forward
 

@@ -119,7 +119,6 @@ class OffloadedParameter:
             self.dtype = param.dtype
             self.device = param.device
         self.address: int = self.storage._cdata
-        self._uses = torch._C._storage_Use_Count(self.address)
 
     # ------------------------------------------------------------ bytes
 
@@ -159,7 +158,7 @@ class OffloadedParameter:
     @property
     def aliased(self) -> bool:
         """Whether somebody holds a view of the storage whose uses nothing catches."""
-        return torch._C._storage_Use_Count(self.address) > self._uses + self.guarded_aliases
+        return _uses(self.storage) > _OWN_USES + self.guarded_aliases
 
     def alias_is_gone(self, address: int) -> None:
         """A guarded tensor over the storage at `address` does not exist any more."""
@@ -232,3 +231,19 @@ def _contiguous_stride(shape: Sequence[int]) -> tuple[int, ...]:
         result.append(stride)
         stride *= size
     return tuple(reversed(result))
+
+
+def _uses(storage: torch.UntypedStorage) -> int:
+    """How many tensors and storage objects share the memory."""
+    count: int = torch._C._storage_Use_Count(storage._cdata)
+    return count
+
+
+def _own_uses() -> int:
+    """What `_uses` says of a parameter of which nobody but its `OffloadedParameter` holds the storage."""
+    param = nn.Parameter(torch.empty(1))
+    storage = param.untyped_storage()
+    return _uses(storage)
+
+
+_OWN_USES = _own_uses()

@@ -38,7 +38,8 @@ def _metadata_functions() -> frozenset[object]:
     )  # fmt: skip
     found: set[object] = {
         torch.is_floating_point, torch.is_complex, torch.numel, torch.is_tensor, torch.is_same_size, torch.is_storage,
-        torch._has_compatible_shallow_copy_type, torch.is_inference,
+        torch._has_compatible_shallow_copy_type, torch.is_inference, torch.autograd.grad, torch.autograd.backward,
+        torch.Tensor.backward,
     }  # fmt: skip
     for name in properties:
         descriptor = tensor.__dict__.get(name, getattr(torch._C.TensorBase, name, None))

@@ -26,7 +26,7 @@ def choose_units(model: nn.Module, config: OffloadConfig) -> Iterator[tuple[str,
             return
         seen.add(module)
         leaf = _runs(module) and (
-            name in names or isinstance(module, classes) or _compiled(module) or _small(module, config)
+            name in names or isinstance(module, classes) or is_compiled(module) or _small(module, config)
         )
         yield name, module, leaf
         if leaf:
@@ -40,10 +40,10 @@ def choose_units(model: nn.Module, config: OffloadConfig) -> Iterator[tuple[str,
 
 def _runs(module: nn.Module) -> bool:
     """Whether the module has a forward; containers as `ModuleList` are never called and cannot gather."""
-    return type(module).forward is not nn.Module.forward
+    return type(module).forward is not nn.Module.forward or "forward" in module.__dict__
 
 
-def _compiled(module: nn.Module) -> bool:
+def is_compiled(module: nn.Module) -> bool:
     """What `torch.compile` made is one unit: hooks inside would break its graph at every submodule."""
     # Whoever compiled something has imported dynamo; importing it for the question would take seconds.
     dynamo = sys.modules.get("torch._dynamo.eval_frame")
