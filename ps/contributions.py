@@ -16,7 +16,7 @@ from ps.errors import Conflict
 
 @dataclass(eq=False)
 class _Accumulator:
-    """Guarded by its chunk's lock.
+    """The sum and its count are guarded by the chunk's lock, which an update of the chunk holds, too.
 
     tensor: the sum, of the chunk's shape; its memory outlives `filled` to be used again.
     count: contributions counted in `step`.
@@ -49,6 +49,8 @@ class Contributions:
         self.final_step = -1
         self.stepped = -1
         self._accumulators: dict[Chunk, _Accumulator] = {}
+        # Between `zero` and the updater, so that `zero` need not wait for the updates that are running.
+        self._zero_lock = threading.Lock()
 
     @property
     def resident_bytes(self) -> int:
@@ -93,13 +95,13 @@ class Contributions:
         """Discards what was contributed to these chunks.
 
         next_step: where this session is. A chunk that is not there yet still has an update to come that
-        needs the gradient, which is discarded right after.
+        needs the gradient, which is discarded right after. Expects `lock` to be held.
         """
         for chunk in chunks:
             accumulator = self._accumulators.get(chunk)
             if accumulator is None:
                 continue
-            with chunk.lock:
+            with self._zero_lock:
                 if chunk.version < next_step:
                     accumulator.zero_after_update = True
                 else:
@@ -111,10 +113,12 @@ class Contributions:
         return accumulator.tensor if accumulator is not None and accumulator.filled else None
 
     def updated(self, chunk: Chunk) -> None:
-        """The chunk's update has used its gradient; expects the chunk's lock to be held."""
+        """The chunk is at its next version and its gradient was used; expects its lock to be held."""
         accumulator = self._accumulators.get(chunk)
-        if accumulator is not None and accumulator.zero_after_update:
-            accumulator.zero()
+        if accumulator is not None:
+            with self._zero_lock:
+                if accumulator.zero_after_update:
+                    accumulator.zero()
 
 
 def average(chunk: Chunk, by_rank: Sequence[Contributions]) -> torch.Tensor | None:
