@@ -79,12 +79,10 @@ class Job:
             self.shard = None
             self.budget.release(self.name)
 
-    def expire(self, overslept_seconds: float) -> None:
-        """Ends sessions whose lease ran out. Time that this server overslept does not count."""
+    def expire(self, deaf_seconds: float) -> None:
+        """Ends sessions whose lease ran out; see `Sessions.expire`."""
         with self.monitor:
-            for session in self.sessions.living():
-                session.last_seen += min(overslept_seconds, session.seconds_silent)
-            self.sessions.expire()
+            self.sessions.expire(deaf_seconds)
 
     def close(self) -> None:
         self.updater.close()
@@ -129,9 +127,7 @@ class Job:
                 raise Conflict(f"job {self.name!r} was restored meanwhile")
             for chunk, _ in values:
                 if chunk.version != step:
-                    raise Conflict(
-                        f"a weight for version {step} of {chunk.label} came at version {chunk.version}"
-                    )
+                    raise Conflict(f"a weight for version {step} of {chunk.label} came at version {chunk.version}")
             for chunk, weight in values:
                 # Buffers are written before every commit, mostly as they were. That is no change, and
                 # a generation of this step stays good.
@@ -149,9 +145,7 @@ class Job:
 
     # ------------------------------------------------------------ waiting
 
-    def wait_for_version(
-        self, session: Session, shard: Shard, chunk: Chunk, version: int, patience: Patience
-    ) -> None:
+    def wait_for_version(self, session: Session, shard: Shard, chunk: Chunk, version: int, patience: Patience) -> None:
         """Waits until a chunk is at `version` or beyond it."""
         self.monitor.wait_until(
             lambda: chunk.version >= version and self.shard is shard,

@@ -26,6 +26,8 @@ class Session:
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     opened_at: float = field(default_factory=time.monotonic)
     last_seen: float = field(default_factory=time.monotonic)
+    # Time in which nobody could be heard, as the server itself was stopped or starved.
+    deaf_seconds: float = 0.0
     ended: str | None = None
     """Why it ended; None while it lives."""
 
@@ -38,6 +40,7 @@ class Session:
         """Any call of a session renews its lease."""
         self.check()
         self.last_seen = time.monotonic()
+        self.deaf_seconds = 0.0
 
     @property
     def seconds_silent(self) -> float:
@@ -66,9 +69,7 @@ class Sessions:
         # Trainers that were refused since the present group formed: (rank, world size, when).
         self._refused: tuple[int, int, float] | None = None
 
-    def open(
-        self, rank: int, world_size: int, incarnation: str, read_only: bool, patience: Patience
-    ) -> Session:
+    def open(self, rank: int, world_size: int, incarnation: str, read_only: bool, patience: Patience) -> Session:
         """A new session. It fences an older one of the same rank.
 
         Raises InvalidRequest, and Conflict when living trainers state another world size.
@@ -84,9 +85,7 @@ class Sessions:
         session = Session(self._job, rank, world_size, incarnation, read_only, self._lease_seconds)
         if read_only:
             if len(self._readers) >= _MAX_READERS:
-                raise Conflict(
-                    f"job {self._job!r} has {_MAX_READERS} read-only sessions, the most it may have"
-                )
+                raise Conflict(f"job {self._job!r} has {_MAX_READERS} read-only sessions, the most it may have")
             self._readers[session.id] = session
             return session
         if rank in self._ranks:
@@ -128,10 +127,11 @@ class Sessions:
         if session.ended is None:
             self._end(session, "its trainer closed it")
 
-    def expire(self) -> None:
-        """Ends the sessions whose lease ran out."""
+    def expire(self, deaf_seconds: float = 0.0) -> None:
+        """Ends the sessions whose lease ran out; time in which the server heard nobody does not count."""
         for session in self.living():
-            silent = session.seconds_silent
+            session.deaf_seconds += deaf_seconds
+            silent = session.seconds_silent - session.deaf_seconds
             if silent > session.lease_seconds:
                 self._end(session, f"its lease ended after {silent:.1f} s without a sign of life")
 

@@ -52,6 +52,7 @@ class Steps:
         if self._contributions.pop(session.id, None) is not None and not session.read_only:
             self._wishes.pop(session.rank, None)
             self._disagreement = None
+            self._norms.clear()
 
     def reset(self) -> None:
         """Discards everything, for a restore; expects the monitor to be held."""
@@ -117,9 +118,7 @@ class Steps:
                 stepped = contributions.stepped == shard.step
                 present = shard.step + stepped
                 if step != present:
-                    raise Conflict(
-                        f"rank {session.rank} zeroes gradients of step {step} but is at step {present}"
-                    )
+                    raise Conflict(f"rank {session.rank} zeroes gradients of step {step} but is at step {present}")
                 if not stepped:
                     contributions.final_step = -1
                     self._norms.clear()
@@ -148,13 +147,13 @@ class Steps:
             contributions.final_step = step
             self._monitor.changed()
 
-        def by_rank() -> list[Contributions] | None:
+        def everyone() -> list[Contributions] | None:
             trainers = self._sessions.trainers(session.world_size)
             return None if trainers is None else [self._contributions[t.id] for t in trainers]
 
         def all_final() -> bool:
-            everyone = by_rank()
-            return everyone is not None and all(c.final_step == step for c in everyone)
+            by_rank = everyone()
+            return by_rank is not None and all(c.final_step == step for c in by_rank)
 
         self._monitor.wait_until(
             all_final,
@@ -163,12 +162,18 @@ class Steps:
             lambda: self.check_progress(session),
         )
         key = (step, tuple(parameters), norm_type)
+        # Every rank asks for the same; the first one computes it.
         with self._norm_lock:
-            # Every rank asks for the same.
-            if key not in self._norms:
-                everyone = by_rank() or [contributions]
-                self._norms[key] = [_norm(chunk, everyone, norm_type) for chunk in chunks]
-            return self._norms[key]
+            with self._monitor:
+                norms, by_rank = self._norms.get(key), everyone()
+            if norms is None:
+                if by_rank is None:
+                    self.check_progress(session)
+                    raise Conflict(f"a trainer of job {self._job!r} was replaced while norms were computed")
+                norms = [_norm(chunk, by_rank, norm_type) for chunk in chunks]
+                with self._monitor:
+                    self._norms[key] = norms
+            return norms
 
     def step(self, session: Session, shard: Shard, step: int, wish: StepWish) -> None:
         """The session's contributions are final; with the last rank's word the step begins.
@@ -204,9 +209,7 @@ class Steps:
                 self._begin(shard, options, wish, [self._contributions[t.id] for t in trainers])
             self._monitor.changed()
 
-    def _begin(
-        self, shard: Shard, options: Options, wish: StepWish, contributions: Sequence[Contributions]
-    ) -> None:
+    def _begin(self, shard: Shard, options: Options, wish: StepWish, contributions: Sequence[Contributions]) -> None:
         scales: dict[int, tuple[float, ...]] = {}
         for parameters, scale in wish.scales:
             for parameter in parameters:
@@ -250,8 +253,7 @@ def _difference(ours: StepWish, theirs: StepWish) -> tuple[str, object, object] 
             if name not in mine or name not in other or not _same(mine[name], other[name]):
                 return f"option {name!r} of group {number}", mine.get(name), other.get(name)
     if len(ours.scales) != len(theirs.scales) or not all(
-        mine[0] == other[0] and _same(mine[1], other[1])
-        for mine, other in zip(ours.scales, theirs.scales, strict=True)
+        mine[0] == other[0] and _same(mine[1], other[1]) for mine, other in zip(ours.scales, theirs.scales, strict=True)
     ):
         return "the gradient scale", [s for _, s in ours.scales], [s for _, s in theirs.scales]
     return None
