@@ -1,5 +1,7 @@
 """Sessions: leases, fencing, agreement on world size, and that nobody waits for a lost trainer."""
 
+import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -126,6 +128,17 @@ def test_any_call_renews_the_lease(address: str, job_name: str) -> None:
         time.sleep(LEASE / 3)
         silent.pull(0)
     silent.close()
+
+
+def test_a_server_that_was_stopped_itself_does_not_blame_the_trainers(
+    cluster: LocalCluster, address: str, job_name: str
+) -> None:
+    client = Client(address, job=job_name)
+    os.kill(cluster.pid(0), signal.SIGSTOP)
+    time.sleep(LEASE + 1.5)
+    os.kill(cluster.pid(0), signal.SIGCONT)
+    time.sleep(0.5)
+    client.call("Heartbeat")
 
 
 # ---------------------------------------------------------------- lost trainers
