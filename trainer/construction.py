@@ -90,7 +90,8 @@ class Construction:
         self._count += 1
         self._filling = module
         self._resident[state] = state.nbytes
-        self._shrink(RESIDENT_BYTES)
+        # torch calls this before the module has the parameter.
+        self._shrink(RESIDENT_BYTES, keep=(state,))
 
     def on_module(self, module: nn.Module, name: str, child: nn.Module | None) -> None:
         if threading.get_ident() == self._thread and child is self._filling:
@@ -122,6 +123,9 @@ class Construction:
 
     def assign(self, state: OffloadedParameter, values: torch.Tensor) -> bool:
         return False
+
+    def converting(self, state: OffloadedParameter) -> None:
+        pass
 
     def converted(self, state: OffloadedParameter) -> None:
         pass

@@ -44,7 +44,7 @@ def entries(model: nn.Module) -> list[Entry]:
     """
     found = [Entry(name, param, False) for name, param in model.named_parameters()]
     found.sort(key=lambda entry: entry.staging_id if entry.staging_id is not None else len(found) + 1 << 30)
-    found += [Entry(name, buffer, True) for name, buffer in _persistent_buffers(model)]
+    found += [Entry(name, buffer, True) for name, buffer in persistent_buffers(model)]
     for entry in found:
         what = "buffer" if entry.is_buffer else "parameter"
         if is_lazy(entry.tensor):
@@ -77,7 +77,8 @@ def to_proto(found: list[Entry]) -> pb.Manifest:
     )
 
 
-def _persistent_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+def persistent_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """The buffers that are part of a state dict; one that is shared comes once, by its first name."""
     seen: set[int] = set()
     for prefix, module in model.named_modules():
         for name, buffer in module._buffers.items():

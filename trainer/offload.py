@@ -16,9 +16,10 @@ from trainer.errors import ConfigError, ReleasedParameterError
 from trainer.hooks import Unit, current_frame
 from trainer.job import Job
 from trainer.links import PushKind
+from trainer.manifest import persistent_buffers
 from trainer.memory import MemoryPool
 from trainer.opening import open_job
-from trainer.parameter import NOT_HERE, OffloadedParameter, offloaded
+from trainer.parameter import NOT_HERE, OffloadedParameter, materialise, offloaded
 from trainer.saved import SavedParameter
 from trainer.server import call_all
 from trainer.transfer import Destination, RemoteParameter
@@ -99,19 +100,17 @@ class OffloadedModel:
         self._gradients: set[OffloadedParameter] = set()
         # Of `clip_grad_norm_`: manifest indices and a factor, for the next step.
         self.pending_scales: list[tuple[list[int], float]] = []
+        # Whatever may be wrong with the settings comes out before anything has changed.
+        units = list(choose_units(model, config))
         remotes = open_job(model, job)
         self.states: list[OffloadedParameter] = []
         for name, param in model.named_parameters():
             self._take(name, param, remotes[name], device)
-        self._buffers = [
-            (_materialised(model, name, device), remote)
-            for name, remote in remotes.items()
-            if name not in {state.name for state in self.states} and _has_buffer(model, name)
-        ]
+        self._buffers = [(_materialised(model, name, device), remotes[name]) for name, _ in persistent_buffers(model)]
         self._move_buffers(model, device)
         self._choose_persistent()
         self._read_buffers()
-        self.units = [Unit(module, name, self, leaf) for name, module, leaf in choose_units(model, config)]
+        self.units = [Unit(module, name, self, leaf) for name, module, leaf in units]
         job.model = self
 
     def __deepcopy__(self, memo: object) -> "OffloadedModel":
@@ -130,10 +129,12 @@ class OffloadedModel:
         """Releases a parameter for the first time."""
         if param.numel() == 0:
             return
+        if param.is_meta:
+            materialise(param)
         state = offloaded(param) or OffloadedParameter(param, name, self)
         state.name, state.owner, state.remote = name, self, remote
         state.detach_class()
-        dtype, target = param.dtype, device or (torch.device("cpu") if param.is_meta else param.device)
+        dtype, target = param.dtype, device or param.device
         if self.config.param_dtype is not None and dtype.is_floating_point:
             dtype = self.config.param_dtype
         # A storage of its own, in C order: the one it has may be shared with tensors that stay.
@@ -219,6 +220,9 @@ class OffloadedModel:
         state.version = NOT_HERE
         self.coordinator.assigned = True
         return True
+
+    def converting(self, state: OffloadedParameter) -> None:
+        saved.unregister(state)
 
     def converted(self, state: OffloadedParameter) -> None:
         saved.register(state)
@@ -338,11 +342,6 @@ class OffloadedModel:
         with torch.no_grad():
             for (target, _), data in zip(targets, landed, strict=True):
                 target.copy_(data.view(target.dtype).reshape(target.shape))
-
-
-def _has_buffer(model: nn.Module, name: str) -> bool:
-    path, _, leaf = name.rpartition(".")
-    return leaf in model.get_submodule(path)._buffers
 
 
 def _materialised(model: nn.Module, name: str, device: torch.device | None) -> Callable[[], torch.Tensor]:

@@ -38,6 +38,9 @@ class Owner(Protocol):
     def assign(self, state: "OffloadedParameter", values: torch.Tensor) -> bool:
         """Replaces a released parameter's values where they are; False where a touch has to do."""
 
+    def converting(self, state: "OffloadedParameter") -> None:
+        """The parameter is about to get another storage; the address of the one that it has means nothing then."""
+
     def converted(self, state: "OffloadedParameter") -> None:
         """The parameter has another storage, of another dtype or device."""
 
@@ -173,8 +176,9 @@ class OffloadedParameter:
         tensor.untyped_storage().resize_(0)
         return tensor
 
-    def convert(self, empty: torch.Tensor) -> None:
+    def convert(self, empty: Any) -> None:
         """Gives a released parameter a storage of its own without bytes, of that tensor's dtype and device."""
+        self.owner.converting(self)
         with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
             param = self.param
             param.grad = None
@@ -231,6 +235,16 @@ def _contiguous_stride(shape: Sequence[int]) -> tuple[int, ...]:
         result.append(stride)
         stride *= size
     return tuple(reversed(result))
+
+
+def materialise(param: nn.Parameter) -> None:
+    """Makes a parameter on the meta device one on the CPU, with undefined values, keeping its identity."""
+    plain_class, attributes = type(param), dict(param.__dict__)
+    real = nn.Parameter(torch.empty(param.shape, dtype=param.dtype, device="cpu"), param.requires_grad)
+    # `param.data = ...` may not change the kind of tensor.
+    torch.utils.swap_tensors(param, real)  # type: ignore[no-untyped-call]
+    param.__class__ = plain_class
+    param.__dict__.update(attributes)
 
 
 def _uses(storage: torch.UntypedStorage) -> int:

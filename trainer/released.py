@@ -70,7 +70,8 @@ class Released:
         kwargs = kwargs or {}
         if func not in _METADATA:
             released = [tensor for tensor in _released_in((args, kwargs)) if not tensor._zero_ps.active]
-            if len(released) == 1 and args and args[0] is released[0]:
+            # All of one parameter: it, and what stands for it.
+            if released and args and args[0] is released[0] and len({id(t._zero_ps) for t in released}) == 1:
                 answer = _without_values(released[0], func, args[1:], kwargs)
                 if answer is not None:
                     return answer
@@ -143,10 +144,11 @@ def _without_values(tensor: Any, func: Callable[..., Any], args: tuple[Any, ...]
         if probe.dtype == state.dtype and probe.device == state.device and not kwargs.get("copy"):
             return tensor
         return _guarded(state.empty(probe.dtype, probe.device), state)
-    if func == _SET_DATA and isinstance(args[0], ReleasedTensor) and args[0]._zero_ps is state:
-        state.convert(args[0])
+    if func == _SET_DATA and isinstance(args[0], Released):
+        if args[0] is not tensor:
+            state.convert(args[0])
         return True
-    if func is torch.Tensor.copy_ and state.owner.assign(state, args[0]):
+    if func is torch.Tensor.copy_ and not isinstance(args[0], Released) and state.owner.assign(state, args[0]):
         return tensor
     return None
 
@@ -154,7 +156,8 @@ def _without_values(tensor: Any, func: Callable[..., Any], args: tuple[Any, ...]
 def _guarded(plain: torch.Tensor, state: "OffloadedParameter") -> ReleasedTensor:
     """Makes a tensor without memory, or that shares the parameter's, one whose uses are caught."""
     address = plain.untyped_storage()._cdata
-    tensor = plain.as_subclass(ReleasedTensor)
+    # Not by as_subclass: its result is a view that holds on to the tensor it was made from.
+    tensor: ReleasedTensor = torch.Tensor._make_subclass(ReleasedTensor, plain)
     tensor._zero_ps = state
     if address == state.address:
         state.guarded_aliases += 1

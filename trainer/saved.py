@@ -28,7 +28,13 @@ _by_storage: dict[int, "weakref.ref[OffloadedParameter]"] = {}
 def register(state: OffloadedParameter) -> None:
     """Has saved tensors on the parameter's storage recognised."""
     address = state.address
-    _by_storage[address] = weakref.ref(state, lambda _: _by_storage.pop(address, None))
+
+    def forget(reference: "weakref.ref[OffloadedParameter]") -> None:
+        # The address may be another parameter's by now.
+        if _by_storage.get(address) is reference:
+            del _by_storage[address]
+
+    _by_storage[address] = weakref.ref(state, forget)
 
 
 def unregister(state: OffloadedParameter) -> None:

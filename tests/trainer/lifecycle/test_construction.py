@@ -43,7 +43,7 @@ class Reinitialising(nn.Module):
             with torch.no_grad():
                 layer.weight[number] *= 0.5
                 layer.weight.div_(1 + layer.weight.abs().max())
-        self.layers[1].weight.data = self.layers[0].weight.data.clone().t()
+        self.layers[1].weight.data = self.layers[0].weight.data.t().contiguous()
         self.layers[2].weight.data.mul_(2)
         self.layers[3].bias.data.copy_(self.layers[0].bias + self.layers[1].bias)
         nn.init.zeros_(self.layers[2].bias)
@@ -190,14 +190,14 @@ def test_dtypes_of_many_kinds(cluster: LocalCluster, job_name: str) -> None:
     class Kinds(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.double = nn.Parameter(torch.randn(5, 5, dtype=torch.float64))
-            self.half = nn.Parameter(torch.randn(5).to(torch.bfloat16))
+            self.wide = nn.Parameter(torch.randn(5, 5, dtype=torch.float64))
+            self.short = nn.Parameter(torch.randn(5).to(torch.bfloat16))
             self.table = nn.Parameter(torch.arange(5), requires_grad=False)
             self.mask = nn.Parameter(torch.ones(5, dtype=torch.bool), requires_grad=False)
             self.frozen = nn.Parameter(torch.randn(5).to(torch.float16), requires_grad=False)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            x = (x.double() @ self.double).float() * self.half.float() + self.frozen.float()
+            x = (x.double() @ self.wide).float() * self.short.float() + self.frozen.float()
             return x[:, self.table] * self.mask
 
     with trainer.connect(cluster.addresses, job=job_name) as job:
@@ -211,10 +211,10 @@ def test_dtypes_of_many_kinds(cluster: LocalCluster, job_name: str) -> None:
             assert torch.equal(value, expected), name
         optimizer = trainer.RemoteOptimizer([p for p in model.parameters() if p.requires_grad], torch.optim.SGD, lr=0.1)
         plain = seeded(Kinds)
-        reference = torch.optim.SGD([plain.double], lr=0.1)
+        reference = torch.optim.SGD([plain.wide], lr=0.1)
         torch.manual_seed(1)
         x = torch.randn(4, 5)
         for network, opt in ((model, optimizer), (plain, reference)):
             network(x).sum().backward()
             step(opt)
-        assert torch.equal(gathered_values(model)["double"], plain.double)
+        assert torch.equal(gathered_values(model)["wide"], plain.wide)

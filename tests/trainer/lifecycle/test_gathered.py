@@ -66,17 +66,17 @@ def test_contexts_nest_and_overlap(model: nn.Module) -> None:
 @pytest.mark.parametrize("how", ["in place", "data", "item", "copy"])
 def test_a_change_without_modify_raises_and_names_the_parameter(model: nn.Module, how: str) -> None:
     before = gathered_values(model)
-    with pytest.raises(trainer.ModifiedParameterError, match=r"'0\.weight' was changed"):
-        with trainer.gathered(model), torch.no_grad():
-            match how:
-                case "in place":
-                    model[0].weight.mul_(2)
-                case "data":
-                    model[0].weight.data.add_(1)
-                case "item":
-                    model[0].weight[3, 2] = 7
-                case "copy":
-                    model[0].weight.copy_(torch.zeros(6, 5))
+    changed = pytest.raises(trainer.ModifiedParameterError, match=r"'0\.weight' was changed")
+    with changed, trainer.gathered(model), torch.no_grad():
+        match how:
+            case "in place":
+                model[0].weight.mul_(2)
+            case "data":
+                model[0].weight.data.add_(1)
+            case "item":
+                model[0].weight[3, 2] = 7
+            case "copy":
+                model[0].weight.copy_(torch.zeros(6, 5))
     # The change is gone.
     assert_equal(gathered_values(model), before)
 
