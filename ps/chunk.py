@@ -56,9 +56,7 @@ class Chunk:
         """Bytes `start` to `stop` of the chunk in `dtype`. Raises VersionGone and Conflict."""
         with self.lock:
             if self.version > version:
-                raise VersionGone(
-                    f"version {version} of {self.label} is gone: it is at version {self.version}"
-                )
+                raise VersionGone(f"version {version} of {self.label} is gone: it is at version {self.version}")
             if self.version < version or self.weight is None:
                 raise Conflict(f"version {version} of {self.label} does not exist yet")
             view = self._views.get(dtype)

@@ -101,12 +101,8 @@ def _parser() -> argparse.ArgumentParser:
     status = commands.add_parser(
         "status", help="show what servers hold", description="Show what servers hold and who is connected."
     )
-    status.add_argument(
-        "addresses", nargs="+", metavar="ADDRESS", help="HOST:PORT, several also joined by commas"
-    )
-    status.add_argument(
-        "--timeout", type=_seconds, default=5.0, metavar="SECONDS", help="(default: %(default)s)"
-    )
+    status.add_argument("addresses", nargs="+", metavar="ADDRESS", help="HOST:PORT, several also joined by commas")
+    status.add_argument("--timeout", type=_seconds, default=5.0, metavar="SECONDS", help="(default: %(default)s)")
 
     # Here only for the list of commands; `main` has taken them before.
     commands.add_parser("train", help="run the training application (zero-ps train --help)", add_help=False)
@@ -119,9 +115,7 @@ def _serve(options: argparse.Namespace) -> int:
     from ps.server import ServeOptions, StartError, serve
     from ps.store import StoreError
 
-    logging.basicConfig(
-        level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     index, num_shards = options.shard
     server = ServerOptions(index, num_shards, keep=options.keep, lease_seconds=options.lease)
     try:
@@ -144,9 +138,7 @@ def _serve(options: argparse.Namespace) -> int:
 def _shard(text: str) -> tuple[int, int]:
     match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
     if match is None or int(match[1]) >= int(match[2]):
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not a shard: write I/N with I from 0 to N-1, such as 0/2"
-        )
+        raise argparse.ArgumentTypeError(f"{text!r} is not a shard: write I/N with I from 0 to N-1, such as 0/2")
     return int(match[1]), int(match[2])
 
 

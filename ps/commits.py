@@ -45,9 +45,7 @@ def _load(job: Job, step: int, world_size: int) -> None:
     job.shard = loaded
 
 
-def commit(
-    job: Job, session: Session, step: int, metadata: str, complete_step: int, patience: Patience
-) -> Written:
+def commit(job: Job, session: Session, step: int, metadata: str, complete_step: int, patience: Patience) -> Written:
     """Writes a generation once every chunk is at `step`. Committing a step again changes nothing.
 
     metadata: a JSON object or "". complete_step: a step that every server is known to have committed.
@@ -66,9 +64,7 @@ def commit(
         if job.shard is not shard:
             raise Conflict(f"job {job.name!r} was restored meanwhile")
         if any(chunk.version != step for chunk in shard) or shard.updated_step != step:
-            raise VersionGone(
-                f"step {step} of job {job.name!r} is gone: updates to step {shard.step} have begun"
-            )
+            raise VersionGone(f"step {step} of job {job.name!r} is gone: updates to step {shard.step} have begun")
         shard.check_weights()
         written = job.generations.write(shard, step, metadata, complete_step)
     _log.info("job %r: committed step %d, %d bytes", job.name, step, written.bytes_written)

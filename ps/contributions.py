@@ -62,9 +62,7 @@ class Contributions:
         accumulator = self._accumulators.get(chunk)
         counted = accumulator.count if accumulator is not None and accumulator.step == step else 0
         if sequence > counted:
-            raise Conflict(
-                f"gradient {sequence} of {chunk.label} in step {step} came before gradient {counted} did"
-            )
+            raise Conflict(f"gradient {sequence} of {chunk.label} in step {step} came before gradient {counted} did")
         return sequence == counted
 
     def add(self, chunk: Chunk, gradient: torch.Tensor, step: int) -> torch.Tensor | None:

@@ -89,9 +89,7 @@ class Generations:
             arrays = shard.optimizer.arrays
         elif spec is not None:
             arrays = ChunkOptimizer(spec, len(shard.manifest)).arrays
-        header = GenerationHeader(
-            self._job, step, self._index, self._num_shards, shard.manifest, spec, metadata
-        )
+        header = GenerationHeader(self._job, step, self._index, self._num_shards, shard.manifest, spec, metadata)
 
         def kept(chunk: Chunk) -> dict[str, torch.Tensor]:
             # What options of long ago left behind (momentum that was switched off) is not described.

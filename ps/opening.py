@@ -116,9 +116,7 @@ def set_optimizer(job: Job, session: Session, spec: OptimizerSpec, patience: Pat
 
 
 def _state_bytes_per_element(arrays: Mapping[str, StateArray]) -> float:
-    return float(
-        sum((array.dtype.itemsize if array.dtype else 4) for array in arrays.values() if array.per_element)
-    )
+    return float(sum((array.dtype.itemsize if array.dtype else 4) for array in arrays.values() if array.per_element))
 
 
 def _list(steps: Sequence[int]) -> str:

@@ -103,9 +103,7 @@ def _try(cls: type[torch.optim.Optimizer], options: Mapping[str, Any]) -> set[St
     }
 
 
-def _build(
-    cls: type[torch.optim.Optimizer], options: Mapping[str, Any], weight: torch.Tensor
-) -> torch.optim.Optimizer:
+def _build(cls: type[torch.optim.Optimizer], options: Mapping[str, Any], weight: torch.Tensor) -> torch.optim.Optimizer:
     # Some defaults (Adam's decoupled_weight_decay) are no arguments of the class, only group options.
     accepted = inspect.signature(cls).parameters
     arguments = {name: value for name, value in options.items() if name in accepted}

@@ -98,9 +98,7 @@ def _reader(chunk: Chunk, version: int, dtype: torch.dtype) -> Callable[[int, in
     return lambda start, stop: chunk.read(version, dtype, start, stop)
 
 
-def _staged(
-    job: Job, session: Session, request: pb.PullRequest, dtype: torch.dtype | None
-) -> Iterator[Block]:
+def _staged(job: Job, session: Session, request: pb.PullRequest, dtype: torch.dtype | None) -> Iterator[Block]:
     staging = job.staging(session)
     for reference in request.chunks:
         view = staging.read(reference.parameter, reference.chunk, dtype)

@@ -80,17 +80,13 @@ class ParameterServer(zero_ps_pb2_grpc.ParameterServerServicer):
             bytes_pulled=self.traffic.bytes_pulled,
             bytes_pushed=self.traffic.bytes_pushed,
             jobs=[_job_status(job) for job in self._jobs.loaded()]
-            + [
-                pb.JobStatus(name=name, step=-1, committed_steps=steps) for name, steps in self._jobs.stored()
-            ],
+            + [pb.JobStatus(name=name, step=-1, committed_steps=steps) for name, steps in self._jobs.stored()],
         )
 
     # ------------------------------------------------------------ sessions
 
     @_call
-    def OpenSession(
-        self, request: pb.OpenSessionRequest, context: grpc.ServicerContext
-    ) -> pb.OpenSessionResponse:
+    def OpenSession(self, request: pb.OpenSessionRequest, context: grpc.ServicerContext) -> pb.OpenSessionResponse:
         options = self._jobs.options
         if request.protocol_version != PROTOCOL_VERSION:
             raise Conflict(
@@ -125,9 +121,7 @@ class ParameterServer(zero_ps_pb2_grpc.ParameterServerServicer):
         return pb.HeartbeatResponse()
 
     @_call
-    def CloseSession(
-        self, request: pb.CloseSessionRequest, context: grpc.ServicerContext
-    ) -> pb.CloseSessionResponse:
+    def CloseSession(self, request: pb.CloseSessionRequest, context: grpc.ServicerContext) -> pb.CloseSessionResponse:
         job, session = self._jobs.find(request.session_id)
         job.close_session(session)
         return pb.CloseSessionResponse()
@@ -136,9 +130,7 @@ class ParameterServer(zero_ps_pb2_grpc.ParameterServerServicer):
     def Barrier(self, request: pb.BarrierRequest, context: grpc.ServicerContext) -> pb.BarrierResponse:
         job, session = self._jobs.find(request.session_id)
         patience = _patience(request.timeout_seconds, context)
-        return pb.BarrierResponse(
-            payloads=job.barriers.gather(session, request.tag, request.payload, patience)
-        )
+        return pb.BarrierResponse(payloads=job.barriers.gather(session, request.tag, request.payload, patience))
 
     # ------------------------------------------------------------ job
 
@@ -154,9 +146,7 @@ class ParameterServer(zero_ps_pb2_grpc.ParameterServerServicer):
         return encode_opened_job(open_job(job, session, manifest, staging_ids))
 
     @_call
-    def SetOptimizer(
-        self, request: pb.SetOptimizerRequest, context: grpc.ServicerContext
-    ) -> pb.SetOptimizerResponse:
+    def SetOptimizer(self, request: pb.SetOptimizerRequest, context: grpc.ServicerContext) -> pb.SetOptimizerResponse:
         job, session = self._jobs.find(request.session_id)
         set_optimizer(job, session, decode_optimizer(request), self._update_wait(context))
         return pb.SetOptimizerResponse()
@@ -172,9 +162,7 @@ class ParameterServer(zero_ps_pb2_grpc.ParameterServerServicer):
         self, request_iterator: Iterable[pb.PushRequest], context: grpc.ServicerContext
     ) -> Iterator[pb.PushResponse]:
         try:
-            yield from answer_pushes(
-                self._jobs, self.traffic, request_iterator, lambda: not context.is_active()
-            )
+            yield from answer_pushes(self._jobs, self.traffic, request_iterator, lambda: not context.is_active())
         except ServerError as error:
             _abort(context, error)
 

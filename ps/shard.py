@@ -22,9 +22,7 @@ class Shard:
     generation: the step of the generation that memory is equal to, or None.
     """
 
-    def __init__(
-        self, index: int, num_shards: int, manifest: Sequence[StoredParameter], step: int = 0
-    ) -> None:
+    def __init__(self, index: int, num_shards: int, manifest: Sequence[StoredParameter], step: int = 0) -> None:
         self.index = index
         self.num_shards = num_shards
         self.manifest = tuple(manifest)
@@ -68,16 +66,12 @@ class Shard:
         if found is not None:
             return found
         if parameter >= len(self.manifest):
-            raise InvalidRequest(
-                f"there is no parameter {parameter}: the manifest has {len(self.manifest)} parameters"
-            )
+            raise InvalidRequest(f"there is no parameter {parameter}: the manifest has {len(self.manifest)} parameters")
         name = self.manifest[parameter].name
         places = self._placement[parameter]
         if chunk >= len(places):
             raise InvalidRequest(f"there is no chunk {chunk} of {name!r}: it has {len(places)} chunks")
-        raise InvalidRequest(
-            f"chunk {chunk} of {name!r} is on shard {places[chunk]}, this is shard {self.index}"
-        )
+        raise InvalidRequest(f"chunk {chunk} of {name!r} is on shard {places[chunk]}, this is shard {self.index}")
 
     def select(self, parameters: Iterable[int]) -> list[Chunk]:
         """The chunks here of some parameters, in the order of the manifest; of all if none is named."""
@@ -108,9 +102,7 @@ class Shard:
         if self.spec is None or self.optimizer is None:
             return self.spec
         groups = zip(self.optimizer.options.stated, self.spec.groups, strict=True)
-        return replace(
-            self.spec, groups=tuple(OptimizerGroup(options, group.parameters) for options, group in groups)
-        )
+        return replace(self.spec, groups=tuple(OptimizerGroup(options, group.parameters) for options, group in groups))
 
     def set_trainable(self, manifest: Sequence[StoredParameter]) -> None:
         """Which parameters are trained may change while a job is open; all else of a manifest may not."""

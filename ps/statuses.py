@@ -23,9 +23,7 @@ def as_server_error(error: Exception) -> ServerError:
     if isinstance(error, MemoryError) or "allocate memory" in str(error):
         return OutOfBudget(f"the server is out of memory: {error}")
     _log.exception("unexpected error", exc_info=error)
-    return ServerError(
-        f"the server failed unexpectedly ({type(error).__name__}: {error}); its log says where"
-    )
+    return ServerError(f"the server failed unexpectedly ({type(error).__name__}: {error}); its log says where")
 
 
 def status_code(error: ServerError) -> grpc.StatusCode:

@@ -93,9 +93,7 @@ def _encode_parameter(parameter: StoredParameter) -> pb.ParameterSpec:
 def decode_optimizer(request: pb.SetOptimizerRequest) -> OptimizerSpec:
     if len(request.groups) > _MAX_GROUPS:
         raise InvalidRequest(f"an optimizer may have {_MAX_GROUPS} parameter groups")
-    groups = (
-        OptimizerGroup(decode_options(group.options), tuple(group.parameters)) for group in request.groups
-    )
+    groups = (OptimizerGroup(decode_options(group.options), tuple(group.parameters)) for group in request.groups)
     return OptimizerSpec(request.class_name, tuple(groups))
 
 
@@ -131,9 +129,7 @@ def check_convertible(chunks: Sequence[Chunk], dtype: torch.dtype | None) -> Non
     for chunk in chunks:
         if dtype is None or dtype == chunk.dtype or (dtype in _FLOATING and chunk.dtype in _FLOATING):
             continue
-        raise InvalidRequest(
-            f"{chunk.label} is stored as {_name(chunk.dtype)} and cannot travel as {_name(dtype)}"
-        )
+        raise InvalidRequest(f"{chunk.label} is stored as {_name(chunk.dtype)} and cannot travel as {_name(dtype)}")
 
 
 def check_gradient(shard: Shard, chunks: Sequence[Chunk], dtype: torch.dtype | None) -> torch.dtype:

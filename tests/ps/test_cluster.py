@@ -36,9 +36,7 @@ def cluster() -> Iterator[LocalCluster]:
 
 def zero_ps(*arguments: object, timeout: float = 30) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "ps", *map(str, arguments)]
-    return subprocess.run(
-        command, check=False, capture_output=True, text=True, timeout=timeout, env=ENVIRONMENT
-    )
+    return subprocess.run(command, check=False, capture_output=True, text=True, timeout=timeout, env=ENVIRONMENT)
 
 
 # ---------------------------------------------------------------- LocalCluster
