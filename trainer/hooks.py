@@ -118,7 +118,7 @@ class Unit:
             # hooks has to be left as it was found, so they cannot be pushed in the middle.
             frame.hooks_saved = saved.push_hooks()
             for state in states:
-                state.model.watch_gradient(state)
+                state.model.gradients.watch(state)
 
     def _not_offloaded(self, param: nn.Parameter) -> ConfigError:
         name = next(name for name, found in self.module.named_parameters(self.name) if found is param)

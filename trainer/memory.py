@@ -10,6 +10,7 @@ import ctypes
 import mmap
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
 
 import torch
 
@@ -81,6 +82,13 @@ class MemoryPool:
         block = self._shells.pop() if self._shells else torch.empty(0).untyped_storage()
         storage._swap_data_ptr_(block)  # type: ignore[attr-defined]
         self.give(block)
+
+
+def empty_of(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A tensor in C order that has no memory yet."""
+    tensor = torch.empty(shape, dtype=dtype, device=device)
+    tensor.untyped_storage().resize_(0)
+    return tensor
 
 
 def trim_heap() -> None:

@@ -1,6 +1,5 @@
 """`trainer.offload` and `trainer.remove`: from a plain model to one whose parameters live on servers, and back."""
 
-import functools
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -8,25 +7,25 @@ from typing import Any
 import torch
 from torch import nn
 
-from protos import zero_ps_pb2 as pb
 from trainer import saved
 from trainer.config import OffloadConfig
 from trainer.coordinator import Coordinator, in_backward
 from trainer.errors import ConfigError, ReleasedParameterError
+from trainer.gradients import Gradients
 from trainer.hooks import Unit, current_frame
 from trainer.job import Job
 from trainer.links import PushKind
 from trainer.manifest import persistent_buffers
-from trainer.memory import MemoryPool
+from trainer.memory import MemoryPool, empty_of
 from trainer.opening import open_job
 from trainer.parameter import NOT_HERE, OffloadedParameter, materialise, offloaded
 from trainer.saved import SavedParameter
-from trainer.server import call_all
 from trainer.transfer import Destination, RemoteParameter
 from trainer.units import choose_units
 from trainer.writing import write_values
 
 _ATTRIBUTE = "_zero_ps_model"
+_NO_BACKWARD = -1
 
 
 def offload(
@@ -94,12 +93,9 @@ class OffloadedModel:
         self.config = config
         self.coordinator = Coordinator(job)
         self.memory = MemoryPool()
+        self.gradients = Gradients(job, config, self.memory, self.coordinator)
         self._model = weakref.ref(model)
-        self._backward_armed = False
-        # Parameters of which servers hold gradients of this trainer.
-        self._gradients: set[OffloadedParameter] = set()
-        # Of `clip_grad_norm_`: manifest indices and a factor, for the next step.
-        self.pending_scales: list[tuple[list[int], float]] = []
+        self._backward = _NO_BACKWARD
         # Whatever may be wrong with the settings comes out before anything has changed.
         units = list(choose_units(model, config))
         remotes = open_job(model, job)
@@ -138,7 +134,8 @@ class OffloadedModel:
         if self.config.param_dtype is not None and dtype.is_floating_point:
             dtype = self.config.param_dtype
         # A storage of its own, in C order: the one it has may be shared with tensors that stay.
-        state.convert(state.empty(dtype, target))
+        param.grad = None
+        state.convert(empty_of(state.shape, dtype, target))
         state.guard()
         self.states.append(state)
 
@@ -197,7 +194,7 @@ class OffloadedModel:
             frame.use(states)
             for state in states:
                 frame.unit.add_external(state)
-                self.watch_gradient(state)
+                self.gradients.watch(state)
             return
         if in_backward():
             for state in states:
@@ -242,84 +239,19 @@ class OffloadedModel:
             self.coordinator.fetch((state,))
 
     def _fetch_for_backward(self, state: OffloadedParameter) -> None:
-        if not self._backward_armed:
-            self._backward_armed = True
+        # By the task's number: a backward that failed never called back.
+        task = torch._C._current_graph_task_id()
+        if task != self._backward:
+            self._backward = task
             torch.autograd.Variable._execution_engine.queue_callback(self._end_of_backward)
         self.coordinator.fetch_for_backward(state)
 
     def _end_of_backward(self) -> None:
-        self._backward_armed = False
+        self._backward = _NO_BACKWARD
         self.coordinator.end_of_backward()
 
     def unsaved(self, state: OffloadedParameter) -> None:
         self.coordinator.unsaved(state)
-
-    def watch_gradient(self, state: OffloadedParameter) -> None:
-        """Has the parameter's gradient pushed as soon as it is whole; for what is trained."""
-        if state.gradient_hook is None and state.param.requires_grad:
-            state.gradient_hook = state.param.register_post_accumulate_grad_hook(self._on_gradient)  # type: ignore[no-untyped-call]
-
-    def _on_gradient(self, param: torch.Tensor) -> None:
-        state = offloaded(param)
-        assert state is not None and state.remote is not None
-        with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
-            gradient = param.grad
-            assert gradient is not None
-            param.grad = None
-            self._push_gradient(state, state.remote, gradient.detach())
-        self.coordinator.after_gradient(state)
-
-    def _push_gradient(self, state: OffloadedParameter, remote: RemoteParameter, gradient: torch.Tensor) -> None:
-        if self.job.read_only:
-            raise ConfigError(
-                f"job {self.job.name!r} was opened with read_only=True, and backward gave parameter {state.name!r} a "
-                "gradient; run under torch.no_grad(), or connect without read_only"
-            )
-        if gradient.is_sparse:
-            gradient = gradient.to_dense()
-        dtype = self.config.reduce_dtype or gradient.dtype
-        self.job.transfer.reserve(gradient.numel() * dtype.itemsize, self.config.max_inflight_push_bytes)
-        # A copy, in memory that is used again: autograd's own block goes back to the allocator at once.
-        block = self.memory.take(gradient.numel() * dtype.itemsize)
-        leaving = torch.empty(0, dtype=dtype).set_(block).reshape(gradient.shape).copy_(gradient)
-        self.job.transfer.push(
-            remote,
-            leaving,
-            PushKind.GRADIENT,
-            step=self.job.step,
-            sequence=state.contributions,
-            on_sent=functools.partial(self.memory.give, block),
-        )
-        state.contributions += 1
-        self._gradients.add(state)
-
-    # ------------------------------------------------------------ steps
-
-    def stepped(self) -> None:
-        """The job went one step on: what is here is of the version before."""
-        self.coordinator.sweep()
-        self.pending_scales.clear()
-        for state in self.states:
-            state.contributions = 0
-
-    def drop_gradients(self, states: Sequence[OffloadedParameter]) -> None:
-        """Has the servers forget this trainer's gradients of some parameters."""
-        self.coordinator.sweep()
-        if not self._gradients.intersection(states):
-            return
-        self.job.check()
-        self.job.transfer.flush()
-        self.pending_scales.clear()
-        indices = [] if len(states) == len(self.states) else [s.remote.index for s in states if s.remote is not None]
-        call_all(
-            self.job.servers,
-            "ZeroGrad",
-            lambda server: pb.ZeroGradRequest(session_id=server.session_id, step=self.job.step, parameters=indices),
-            self.job.timeout,
-        )
-        self._gradients.difference_update(states)
-        for state in states:
-            state.contributions = 0
 
     # ------------------------------------------------------------ buffers
 

@@ -26,8 +26,8 @@ class RemoteOptimizer(Optimizer):
 
     Groups and their options may be changed between steps, so learning rate schedulers work. `step` sends
     the options and returns; servers update chunk by chunk while the next forward already pulls.
-    Gradients leave during backward and are averaged over trainers; `param.grad` stays None. As in
-    torch they add up until `zero_grad`.
+    Gradients leave during backward and are averaged over trainers; a placeholder in `param.grad` shows
+    that there is one. As in torch they add up until `zero_grad`, the optimizer's or the module's.
 
     Raises ConfigError for a class or an argument that cannot work, JobMismatch when the job's state
     belongs to another class.
@@ -114,10 +114,12 @@ class RemoteOptimizer(Optimizer):
                 "RemoteOptimizer.step() takes no closure: the update runs on the servers and cannot call back. Compute "
                 "the loss and its gradients before step()"
             )
-        job = self.job
+        job, model = self.job, self._owner
         job.check()
+        model.coordinator.sweep()
+        model.gradients.before_step(self._states())
         job.transfer.flush()
-        scales = [pb.GradScale(parameters=indices, scale=scale) for indices, scale in self._owner.pending_scales]
+        scales = [pb.GradScale(parameters=indices, scale=scale) for indices, scale in model.gradients.scales]
         call_all(
             job.servers,
             "Step",
@@ -130,7 +132,7 @@ class RemoteOptimizer(Optimizer):
             job.timeout,
         )
         job.step += 1
-        self._owner.stepped()
+        model.gradients.stepped()
         return None
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -138,9 +140,11 @@ class RemoteOptimizer(Optimizer):
 
         set_to_none: servers hold no gradient afterwards in either case.
         """
-        self._owner.drop_gradients(
-            [s for group in self.param_groups for p in group["params"] if (s := offloaded(p)) is not None]
-        )
+        self._owner.coordinator.sweep()
+        self._owner.gradients.drop(self._states())
+
+    def _states(self) -> list[OffloadedParameter]:
+        return [s for group in self.param_groups for p in group["params"] if (s := offloaded(p)) is not None]
 
     @property
     def _owner(self) -> OffloadedModel:
@@ -189,5 +193,5 @@ def clip_grad_norm_(
     # In fp32, as torch computes it.
     norm = torch.tensor(total, dtype=torch.float32)
     scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0).item()
-    owner.pending_scales.append((indices, scale))
+    owner.gradients.scales.append((indices, scale))
     return norm

@@ -72,7 +72,7 @@ class OffloadedParameter:
         self.contributions = 0
         self.edition: tuple[int, tuple[int, ...]] = (0, ())
         self.guarded_aliases = 0
-        self.gradient_hook: torch.utils.hooks.RemovableHandle | None = None
+        self.gradient_hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._plain_class = type(param)
         self._param = weakref.ref(param)
         self.version = NOT_HERE
@@ -170,18 +170,11 @@ class OffloadedParameter:
 
     # ------------------------------------------------------------ dtype and device
 
-    def empty(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """A tensor of the parameter's shape, in C order, that has no memory yet."""
-        tensor = torch.empty(self.shape, dtype=dtype, device=device)
-        tensor.untyped_storage().resize_(0)
-        return tensor
-
     def convert(self, empty: Any) -> None:
         """Gives a released parameter a storage of its own without bytes, of that tensor's dtype and device."""
         self.owner.converting(self)
         with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
             param = self.param
-            param.grad = None
             param.data = empty.as_subclass(torch.Tensor)
         self.guarded_aliases = 0
         self.adopt_storage()
@@ -214,9 +207,10 @@ class OffloadedParameter:
         """Makes the parameter an ordinary one for good."""
         param = self.param
         self.detach_class()
-        if self.gradient_hook is not None:
-            self.gradient_hook.remove()
-            self.gradient_hook = None
+        param.grad = None
+        for hook in self.gradient_hooks:
+            hook.remove()
+        self.gradient_hooks.clear()
         if getattr(param, _ATTRIBUTE, None) is self:
             delattr(param, _ATTRIBUTE)
 

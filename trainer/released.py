@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from trainer.memory import empty_of
+
 if TYPE_CHECKING:
     from trainer.parameter import OffloadedParameter
 
@@ -50,12 +52,16 @@ def _metadata_functions() -> frozenset[object]:
     return frozenset(found)
 
 
-_METADATA = _metadata_functions()
-_CONVERSIONS = frozenset(
+METADATA = _metadata_functions()
+"""Functions of torch that need no element of their arguments."""
+
+CONVERSIONS = frozenset(
     getattr(torch.Tensor, name)
     for name in ("to", "type", "cpu", "cuda", "float", "double", "half", "bfloat16", "type_as")
 )
-_SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
+"""Functions that give the same values in another dtype or on another device."""
+
+SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
 
 
 class Released:
@@ -68,7 +74,7 @@ class Released:
         cls, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func not in _METADATA:
+        if func not in METADATA:
             released = [tensor for tensor in _released_in((args, kwargs)) if not tensor._zero_ps.active]
             # All of one parameter: it, and what stands for it.
             if released and args and args[0] is released[0] and len({id(t._zero_ps) for t in released}) == 1:
@@ -136,15 +142,15 @@ def _without_values(tensor: Any, func: Callable[..., Any], args: tuple[Any, ...]
     if func is torch.Tensor.detach:
         with torch._C.DisableTorchFunctionSubclass():
             return _guarded(tensor.detach(), state)
-    if func in _CONVERSIONS:
+    if func in CONVERSIONS:
         # What the conversion would give, without any element to convert.
         probe = func(torch.empty(0, dtype=state.dtype, device=state.device), *args, **kwargs)
         if not isinstance(probe, torch.Tensor):
             return None
         if probe.dtype == state.dtype and probe.device == state.device and not kwargs.get("copy"):
             return tensor
-        return _guarded(state.empty(probe.dtype, probe.device), state)
-    if func == _SET_DATA and isinstance(args[0], Released):
+        return _guarded(empty_of(state.shape, probe.dtype, probe.device), state)
+    if func == SET_DATA and isinstance(args[0], Released):
         if args[0] is not tensor:
             state.convert(args[0])
         return True

@@ -293,7 +293,7 @@ def test_a_submodule_that_is_attached_later_trains_as_a_local_one(cluster: Local
         model.insert(1, shared)
         optimizer = trainer.RemoteOptimizer(model[0].parameters(), torch.optim.SGD, lr=0.1)
         model(torch.randn(3, 5)).sum().backward()
-        assert model[2].weight.grad is not None and model[0].weight.grad is None
+        assert model[2].weight.grad.abs().sum() > 0 and model[2].weight.untyped_storage().nbytes()
         step(optimizer)
         with pytest.raises(trainer.ConfigError, match=r"shape \(5,\) is not offloaded"):
             trainer.RemoteOptimizer(model.parameters(), torch.optim.SGD, lr=0.1)

@@ -1,0 +1,175 @@
+"""Gradients of offloaded parameters: they leave for the servers during backward and add up there.
+
+In `param.grad` a placeholder stays, so that what looks at it sees what torch would show: None before a
+backward and after `zero_grad` (of the optimizer or of the module), something after a backward. The values
+are on the servers; reading the placeholder is an error that says so.
+"""
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+
+from protos import zero_ps_pb2 as pb
+from trainer.config import OffloadConfig
+from trainer.coordinator import Coordinator
+from trainer.errors import ConfigError, ReleasedParameterError
+from trainer.job import Job
+from trainer.links import PushKind
+from trainer.memory import MemoryPool, empty_of
+from trainer.parameter import OffloadedParameter
+from trainer.released import CONVERSIONS, METADATA, SET_DATA
+from trainer.server import call_all
+
+
+class RemoteGradient(torch.Tensor):
+    """Stands in `param.grad` for a gradient that is on the servers."""
+
+    _zero_ps_name: str
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in CONVERSIONS and isinstance(args[0], RemoteGradient):
+            return args[0]._converted(func, args[1:], kwargs or {})
+        # `Module.to` sets `.data`.
+        if func not in METADATA and func != SET_DATA:
+            name = next((a._zero_ps_name for a in args if isinstance(a, RemoteGradient)), "?")
+            raise ReleasedParameterError(
+                f"the gradient of parameter {name!r} is on the servers, and {getattr(func, '__name__', func)!s} needs "
+                "its values; use trainer.clip_grad_norm_ to clip, and the optimizer's zero_grad() to drop it"
+            )
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+    def _converted(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> "RemoteGradient":
+        """What `Module.to` makes of it: there are no values here to convert."""
+        probe = func(torch.empty(0, dtype=self.dtype, device=self.device), *args, **kwargs)
+        return _placeholder(self._zero_ps_name, empty_of(self.shape, probe.dtype, probe.device))
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return f"RemoteGradient({self._zero_ps_name!r}, shape={tuple(self.shape)}, dtype={self.dtype})"
+
+
+class Gradients:
+    """The gradients of one model's parameters that this trainer has sent and no `zero_grad` has dropped."""
+
+    def __init__(self, job: Job, config: OffloadConfig, memory: MemoryPool, coordinator: Coordinator) -> None:
+        # Factors for the next step's gradients, each with the manifest indices it is for; see `clip_grad_norm_`.
+        self.scales: list[tuple[list[int], float]] = []
+        self._job = job
+        self._config = config
+        self._memory = memory
+        self._coordinator = coordinator
+        self._sent: dict[OffloadedParameter, None] = {}
+
+    def watch(self, state: OffloadedParameter) -> None:
+        """Has the parameter's gradient sent as soon as it is whole; for what is trained."""
+        param = state.param
+        if state.gradient_hooks or not param.requires_grad:
+            return
+        state.gradient_hooks = [
+            param.register_hook(functools.partial(self._before_accumulation, state)),  # type: ignore[no-untyped-call]
+            param.register_post_accumulate_grad_hook(functools.partial(self._after_accumulation, state)),  # type: ignore[no-untyped-call]
+        ]
+
+    def _before_accumulation(self, state: OffloadedParameter, gradient: torch.Tensor) -> None:
+        """torch is about to add to `param.grad`, where the placeholder may be."""
+        if state in self._sent:
+            self._drop_what_was_dropped()
+            _set_grad(state, None)
+
+    def _after_accumulation(self, state: OffloadedParameter, param: torch.Tensor) -> None:
+        gradient = _grad(state)
+        assert gradient is not None
+        _set_grad(state, None)
+        with torch.no_grad():
+            self._send(state, gradient.detach())
+        _set_grad(state, _placeholder(state.name, empty_of(state.shape, state.dtype, state.device)))
+        self._coordinator.after_gradient(state)
+
+    def _send(self, state: OffloadedParameter, gradient: torch.Tensor) -> None:
+        if self._job.read_only:
+            raise ConfigError(
+                f"job {self._job.name!r} was opened with read_only=True, and backward gave parameter {state.name!r} a "
+                "gradient; run under torch.no_grad(), or connect without read_only"
+            )
+        assert state.remote is not None
+        if gradient.is_sparse:
+            gradient = gradient.to_dense()
+        dtype = self._config.reduce_dtype or gradient.dtype
+        nbytes = gradient.numel() * dtype.itemsize
+        self._job.transfer.reserve(nbytes, self._config.max_inflight_push_bytes)
+        # A copy, in memory that is used again: autograd's own block goes back to the allocator at once.
+        block = self._memory.take(nbytes)
+        leaving = torch.empty(0, dtype=dtype).set_(block).reshape(gradient.shape).copy_(gradient)
+        self._job.transfer.push(
+            state.remote,
+            leaving,
+            PushKind.GRADIENT,
+            step=self._job.step,
+            sequence=state.contributions,
+            on_sent=functools.partial(self._memory.give, block),
+        )
+        state.contributions += 1
+        self._sent[state] = None
+
+    def drop(self, states: Iterable[OffloadedParameter]) -> None:
+        """Has the servers forget this trainer's gradients of some parameters."""
+        dropped = [state for state in states if state in self._sent]
+        if not dropped:
+            return
+        self._job.check()
+        self._job.transfer.flush()
+        self.scales.clear()
+        indices = [] if len(dropped) == len(self._sent) else [s.remote.index for s in dropped if s.remote is not None]
+        call_all(
+            self._job.servers,
+            "ZeroGrad",
+            lambda server: pb.ZeroGradRequest(session_id=server.session_id, step=self._job.step, parameters=indices),
+            self._job.timeout,
+        )
+        for state in dropped:
+            del self._sent[state]
+            state.contributions = 0
+            _set_grad(state, None)
+
+    def before_step(self, states: Sequence[OffloadedParameter]) -> None:
+        """Makes the servers' gradients those that `param.grad` shows."""
+        for state in states:
+            gradient = _grad(state)
+            if gradient is not None and not isinstance(gradient, RemoteGradient):
+                raise ConfigError(
+                    f"the gradient of parameter {state.name!r} was assigned; RemoteOptimizer.step() uses those that "
+                    "backward computed. Set it to None, and have a backward give it"
+                )
+        self._drop_what_was_dropped()
+
+    def stepped(self) -> None:
+        """The next contribution is the first one of its step. What was sent stays until it is dropped."""
+        self.scales.clear()
+        for state in self._sent:
+            state.contributions = 0
+
+    def _drop_what_was_dropped(self) -> None:
+        """`Module.zero_grad()` and `param.grad = None` only take the placeholder away."""
+        self.drop([state for state in self._sent if _grad(state) is None])
+
+
+def _grad(state: OffloadedParameter) -> torch.Tensor | None:
+    with torch._C.DisableTorchFunctionSubclass():
+        return state.param.grad
+
+
+def _set_grad(state: OffloadedParameter, gradient: torch.Tensor | None) -> None:
+    with torch._C.DisableTorchFunctionSubclass():
+        state.param.grad = gradient
+
+
+def _placeholder(name: str, empty: torch.Tensor) -> RemoteGradient:
+    with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
+        gradient: RemoteGradient = torch.Tensor._make_subclass(RemoteGradient, empty)
+    gradient._zero_ps_name = name
+    return gradient
