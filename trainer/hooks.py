@@ -61,6 +61,15 @@ def current_frame() -> Frame | None:
     return _frames.stack[-1] if _frames.stack else None
 
 
+def end_abandoned(model: "OffloadedModel") -> None:
+    """Ends forwards that a KeyboardInterrupt left: torch calls no hook then.
+
+    To be called where the thread cannot be inside a forward of the model.
+    """
+    while _frames.stack and _frames.stack[-1].unit.model is model:
+        _frames.stack.pop().end()
+
+
 class Unit:
     """A submodule with its hooks.
 

@@ -12,7 +12,7 @@ from trainer.config import OffloadConfig
 from trainer.coordinator import Coordinator, in_backward
 from trainer.errors import ConfigError, ReleasedParameterError
 from trainer.gradients import Gradients
-from trainer.hooks import Unit, current_frame
+from trainer.hooks import Unit, current_frame, end_abandoned
 from trainer.job import Job
 from trainer.links import PushKind
 from trainer.manifest import persistent_buffers
@@ -173,6 +173,11 @@ class OffloadedModel:
         for state in self.persistent:
             if not state.active and not state.aliased:
                 state.free()
+
+    def between_passes(self) -> None:
+        """Releases what a pass left that did not come to its end."""
+        end_abandoned(self)
+        self.coordinator.sweep()
 
     # ------------------------------------------------------------ forward
 

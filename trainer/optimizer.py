@@ -116,7 +116,7 @@ class RemoteOptimizer(Optimizer):
             )
         job, model = self.job, self._owner
         job.check()
-        model.coordinator.sweep()
+        model.between_passes()
         model.gradients.before_step(self._states())
         job.transfer.flush()
         scales = [pb.GradScale(parameters=indices, scale=scale) for indices, scale in model.gradients.scales]
@@ -140,7 +140,7 @@ class RemoteOptimizer(Optimizer):
 
         set_to_none: servers hold no gradient afterwards in either case.
         """
-        self._owner.coordinator.sweep()
+        self._owner.between_passes()
         self._owner.gradients.drop(self._states())
 
     def _states(self) -> list[OffloadedParameter]:

@@ -1,5 +1,6 @@
 """Backward by whatever path: several, partial, recomputed, failed, of several models."""
 
+import contextlib
 import gc
 import threading
 from typing import Any
@@ -383,6 +384,26 @@ def test_an_exception_leaves_no_stale_state(cluster: LocalCluster, job_name: str
         losses.append(loss.item())
 
     same(cluster.addresses, job_name, Failing, run)
+
+
+def test_an_interrupted_forward_is_cleaned_up_by_zero_grad(cluster: LocalCluster, job_name: str) -> None:
+    class Interrupted(Failing):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if self.fail_in == "interrupt":
+                raise KeyboardInterrupt
+            return super().forward(x)
+
+    def run(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        for attempt in range(4):
+            model[1].fail_in = "interrupt" if attempt % 2 == 0 else ""
+            with contextlib.suppress(KeyboardInterrupt):
+                model(torch.randn(2, 5)).square().sum().backward()
+                optimizer.step()
+            optimizer.zero_grad()
+            if isinstance(optimizer, trainer.RemoteOptimizer):
+                nothing_gathered(model)
+
+    same(cluster.addresses, job_name, lambda: nn.Sequential(nn.Linear(5, 5), Interrupted()), run)
 
 
 def test_a_saved_tensor_that_was_changed_in_place_is_an_error_as_in_torch(cluster: LocalCluster, job_name: str) -> None:

@@ -1,5 +1,6 @@
 """Modes, frozen and toggled parameters, unused ones, compiled submodules."""
 
+import warnings
 from typing import Any
 
 import pytest
@@ -191,7 +192,7 @@ def test_a_compiled_submodule_below_the_hooks(cluster: LocalCluster, job_name: s
     same(cluster.addresses, job_name, make, run)
 
 
-@pytest.mark.parametrize("kind", ["parametrize", "weight_norm", "spectral_norm"])
+@pytest.mark.parametrize("kind", ["parametrize", "weight_norm", "spectral_norm", "old weight_norm"])
 def test_parametrizations(cluster: LocalCluster, job_name: str, kind: str) -> None:
     class Symmetric(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -204,6 +205,10 @@ def test_parametrizations(cluster: LocalCluster, job_name: str, kind: str) -> No
                 nn.utils.parametrize.register_parametrization(linear, "weight", Symmetric())
             case "weight_norm":
                 nn.utils.parametrizations.weight_norm(linear)
+            case "old weight_norm":
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    nn.utils.weight_norm(linear)
             case "spectral_norm":
                 nn.utils.parametrizations.spectral_norm(linear)
         return nn.Sequential(linear, nn.Tanh(), nn.Linear(5, 2))
