@@ -92,7 +92,7 @@ def test_a_pull_gives_up_in_time_and_says_what_it_waited_for(address: str, job_n
     (client,) = start_job(address, W, job=job_name)
     began = time.monotonic()
     code, message = error_of(lambda: client.pull(0, version=1, timeout=0.3))
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 15
     assert code == grpc.StatusCode.DEADLINE_EXCEEDED
     assert "waited 0.3 s for version 1 of chunk 0 of 'w'" in message
 
