@@ -78,3 +78,18 @@ def assert_equal(actual: Any, expected: Any) -> None:
 def step(optimizer: torch.optim.Optimizer) -> None:
     optimizer.step()
     optimizer.zero_grad()
+
+
+def steps(*shape: int, count: int = 3) -> Run:
+    """A run of some steps on random inputs of a shape; the losses."""
+
+    def run(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[float]:
+        losses = []
+        for _ in range(count):
+            loss = model(torch.randn(*shape)).square().mean()
+            loss.backward()
+            step(optimizer)
+            losses.append(loss.item())
+        return losses
+
+    return run

@@ -1,14 +1,11 @@
 """Backward by whatever path: several, partial, recomputed, failed, of several models."""
 
-import contextlib
-import gc
 import threading
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 import trainer
 from ps import LocalCluster
@@ -255,157 +252,6 @@ def test_an_autograd_function_that_keeps_a_parameter_to_itself(cluster: LocalClu
     same(cluster.addresses, job_name, Custom, run)
 
 
-class Checkpointed(nn.Module):
-    """Recomputes its layers in backward, in one of several ways."""
-
-    def __init__(self, how: str) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList([nn.Sequential(nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 5)) for _ in range(3)])
-        self.how = how
-        self.fail = False
-        self.runs = 0
-
-    def layer(self, index: int, x: torch.Tensor) -> torch.Tensor:
-        self.runs += 1
-        if self.fail and self.runs > 3:
-            raise ArithmeticError("in recompute")
-        return torch.tanh(self.layers[index](x))
-
-    def both(self, x: torch.Tensor) -> torch.Tensor:
-        return self.layer(2, checkpoint(self.layer, 1, x, use_reentrant=False))
-
-    def functional(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.linear(x, self.layers[1][0].weight).tanh()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self.runs = 0
-        match self.how:
-            case "nested":
-                return checkpoint(self.both, self.layer(0, x), use_reentrant=False)
-            case "functional":
-                return checkpoint(self.functional, self.layer(0, x), use_reentrant=False)
-            case "no early stop":
-                from torch.utils.checkpoint import set_checkpoint_early_stop
-
-                with set_checkpoint_early_stop(False):
-                    for index in range(3):
-                        x = checkpoint(self.layer, index, x, use_reentrant=False)
-                return x
-        for index in range(3):
-            x = checkpoint(self.layer, index, x, use_reentrant=self.how == "reentrant")
-        return x
-
-
-@pytest.mark.parametrize("how", ["reentrant", "early stop", "no early stop", "nested", "functional"])
-def test_activation_checkpointing(cluster: LocalCluster, job_name: str, how: str) -> None:
-    def run(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        for _ in range(3):
-            model(torch.randn(2, 5, requires_grad=True)).square().sum().backward()
-            step(optimizer)
-
-    same(cluster.addresses, job_name, lambda: Checkpointed(how), run)
-
-
-def test_checkpointing_still_frees_activations(cluster: LocalCluster, job_name: str) -> None:
-    """Our hooks pass on to the checkpoint's what is not a parameter."""
-    with trainer.connect(cluster.addresses, job=job_name) as job:
-        model = trainer.offload(Checkpointed("early stop"), job)
-        hidden: list[int] = []
-        x = torch.randn(2, 5, requires_grad=True)
-        out = model(x)
-        gc.collect()
-        # The tanh outputs between two linear layers of a block are recomputed, not kept.
-        hidden = [t for t in gc.get_objects() if type(t) is torch.Tensor and t.shape == (2, 5)]
-        assert len(hidden) <= 4
-        out.sum().backward()
-
-
-@pytest.mark.parametrize("how", ["reentrant", "early stop", "nested"])
-def test_an_exception_in_recompute_and_a_retry(cluster: LocalCluster, job_name: str, how: str) -> None:
-    def run(model: nn.Module, optimizer: torch.optim.Optimizer) -> Any:
-        model.fail = True
-        out = model(torch.randn(2, 5, requires_grad=True))
-        with pytest.raises(ArithmeticError):
-            out.sum().backward()
-        model.fail = False
-        del out
-        optimizer.zero_grad()
-        losses = []
-        for _ in range(2):
-            loss = model(torch.randn(2, 5, requires_grad=True)).square().sum()
-            loss.backward()
-            step(optimizer)
-            losses.append(loss.item())
-        return losses
-
-    same(cluster.addresses, job_name, lambda: Checkpointed(how), run)
-
-
-class Failing(nn.Module):
-    """Fails on demand, in forward or in backward."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.last = nn.Linear(5, 5), nn.Linear(5, 5)
-        self.fail_in = ""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.first(x)
-        if self.fail_in == "forward":
-            raise ArithmeticError("in forward")
-        if self.fail_in == "backward":
-            x.register_hook(self._fail)
-        return self.last(x)
-
-    @staticmethod
-    def _fail(grad: torch.Tensor) -> None:
-        raise ArithmeticError("in backward")
-
-
-@pytest.mark.parametrize("where", ["forward", "backward"])
-def test_an_exception_leaves_no_stale_state(cluster: LocalCluster, job_name: str, where: str) -> None:
-    def run(model: nn.Module, optimizer: torch.optim.Optimizer) -> Any:
-        losses = []
-        for attempt in range(4):
-            model.fail_in = where if attempt % 2 == 0 else ""
-            try:
-                one(model, losses)
-            except ArithmeticError:
-                optimizer.zero_grad()
-                if isinstance(optimizer, trainer.RemoteOptimizer):
-                    nothing_gathered(model)
-                continue
-            step(optimizer)
-        return losses
-
-    def one(model: nn.Module, losses: list[float]) -> None:
-        loss = model(torch.randn(2, 5)).square().sum()
-        loss.backward()
-        losses.append(loss.item())
-
-    same(cluster.addresses, job_name, Failing, run)
-
-
-def test_an_interrupted_forward_is_cleaned_up_by_zero_grad(cluster: LocalCluster, job_name: str) -> None:
-    class Interrupted(Failing):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            if self.fail_in == "interrupt":
-                raise KeyboardInterrupt
-            return super().forward(x)
-
-    def run(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        for attempt in range(4):
-            model[1].fail_in = "interrupt" if attempt % 2 == 0 else ""
-            with contextlib.suppress(KeyboardInterrupt):
-                model(torch.randn(2, 5)).square().sum().backward()
-                optimizer.step()
-            optimizer.zero_grad()
-            if isinstance(optimizer, trainer.RemoteOptimizer):
-                nothing_gathered(model)
-
-    same(cluster.addresses, job_name, lambda: nn.Sequential(nn.Linear(5, 5), Interrupted()), run)
-
-
 def test_a_saved_tensor_that_was_changed_in_place_is_an_error_as_in_torch(cluster: LocalCluster, job_name: str) -> None:
     class InPlace(nn.Module):
         def __init__(self) -> None:
@@ -434,44 +280,3 @@ def test_a_step_between_forward_and_backward_is_an_error_that_names_the_paramete
         step(optimizer)
         with pytest.raises(RuntimeError, match=r"'layers\.\d\.weight' is needed.*at step 0, but the job is at step 1"):
             loss.backward()
-
-
-@pytest.mark.parametrize("how", ["optimizer", "module", "param", "before", "forgotten"])
-def test_gradients_are_dropped_and_kept_as_in_torch(cluster: LocalCluster, job_name: str, how: str) -> None:
-    def run(model: nn.Module, optimizer: torch.optim.Optimizer) -> Any:
-        present = []
-        for number in range(5):
-            if how == "before":
-                optimizer.zero_grad()
-            model(torch.randn(2, 5)).square().mean().backward()
-            present.append([p.grad is None for p in model.parameters()])
-            if how == "param" and number == 2:
-                model.layers[2].weight.grad = None
-            optimizer.step()
-            match how:
-                case "optimizer":
-                    optimizer.zero_grad()
-                case "module":
-                    model.zero_grad()
-                case "param":
-                    for param in model.parameters():
-                        param.grad = None
-            present.append([p.grad is None for p in model.parameters()])
-        return present
-
-    same(cluster.addresses, job_name, Mlp, run)
-
-
-def test_a_gradient_whose_values_are_wanted_says_where_they_are(cluster: LocalCluster, job_name: str) -> None:
-    with trainer.connect(cluster.addresses, job=job_name) as job:
-        model = trainer.offload(Mlp(), job)
-        optimizer = trainer.RemoteOptimizer(model.parameters(), torch.optim.SGD, lr=0.1)
-        model(torch.randn(2, 5)).sum().backward()
-        weight = model.layers[0].weight
-        assert weight.grad is not None and weight.grad.shape == weight.shape
-        for use in (weight.grad.norm, lambda: torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)):
-            with pytest.raises(trainer.ReleasedParameterError, match=r"'layers\.0\.weight' is on the servers"):
-                use()
-        weight.grad = torch.zeros(8, 5)
-        with pytest.raises(trainer.ConfigError, match=r"'layers\.0\.weight' was assigned"):
-            optimizer.step()

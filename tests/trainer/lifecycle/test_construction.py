@@ -9,7 +9,7 @@ from torch import nn
 import trainer
 from ps import LocalCluster
 from tests.models import seeded
-from tests.trainer.lifecycle.comparing import nothing_gathered, same, step
+from tests.trainer.lifecycle.comparing import nothing_gathered, same, step, steps
 from tests.trainer.runs import gathered_values
 from trainer import construction
 
@@ -20,16 +20,6 @@ def resident_bytes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
     if request.param == "leaves at once":
         monkeypatch.setattr(construction, "RESIDENT_BYTES", 64)
     return str(request.param)
-
-
-def train(model: nn.Module, optimizer: torch.optim.Optimizer) -> Any:
-    losses = []
-    for _ in range(2):
-        loss = model(torch.randn(4, 5)).square().mean()
-        loss.backward()
-        step(optimizer)
-        losses.append(loss.item())
-    return losses
 
 
 class Reinitialising(nn.Module):
@@ -123,7 +113,7 @@ class WithCustom(nn.Module):
 
 @pytest.mark.parametrize("make", [Reinitialising, Late, dynamic, WithCustom])
 def test_models_built_under_init_are_those_built_without(cluster: LocalCluster, job_name: str, make: Any) -> None:
-    model = same(cluster.addresses, job_name, make, train, init=True)
+    model = same(cluster.addresses, job_name, make, steps(4, 5, count=2), init=True)
     if make is WithCustom:
         assert model.weight.tag == "mine" and model.weight.note == "kept" and isinstance(model.weight, Custom)
 

@@ -12,7 +12,7 @@ from torch import nn
 
 import trainer
 from ps import LocalCluster
-from tests.trainer.lifecycle.comparing import nothing_gathered, same, step
+from tests.trainer.lifecycle.comparing import nothing_gathered, same, step, steps
 
 Pair = namedtuple("Pair", ["left", "right"])
 
@@ -92,17 +92,7 @@ def test_inputs_and_outputs_in_containers_and_keywords_only(cluster: LocalCluste
 
 def trains(make: Any, cluster: LocalCluster, job_name: str, **options: Any) -> nn.Module:
     """Three steps of a model on (4, 5) inputs."""
-
-    def run(model: nn.Module, optimizer: torch.optim.Optimizer) -> Any:
-        outputs = []
-        for _ in range(3):
-            out = model(torch.randn(4, 5))
-            out.square().mean().backward()
-            step(optimizer)
-            outputs.append(out.detach())
-        return outputs
-
-    return same(cluster.addresses, job_name, make, run, **options)
+    return same(cluster.addresses, job_name, make, steps(4, 5), **options)
 
 
 class Albert(nn.Module):

@@ -12,7 +12,7 @@ import trainer
 from ps import LocalCluster
 from tests.models import seeded
 from tests.ranks import run_ranks
-from tests.trainer.lifecycle.comparing import assert_equal, nothing_gathered, same, step
+from tests.trainer.lifecycle.comparing import assert_equal, nothing_gathered, same, step, steps
 from tests.trainer.runs import gathered_values
 
 
@@ -104,16 +104,7 @@ class Adapted(nn.Module):
 
 
 def test_adapters_on_a_frozen_base(cluster: LocalCluster, job_name: str) -> None:
-    def run(model: nn.Module, optimizer: torch.optim.Optimizer) -> Any:
-        losses = []
-        for _ in range(4):
-            loss = model(torch.randn(4, 5)).square().mean()
-            loss.backward()
-            step(optimizer)
-            losses.append(loss.item())
-        return losses
-
-    same(cluster.addresses, job_name, lambda: nn.Sequential(Adapted(), Adapted()), run)
+    same(cluster.addresses, job_name, lambda: nn.Sequential(Adapted(), Adapted()), steps(4, 5, count=4))
 
 
 def test_frozen_parameters_cause_no_gradient_traffic_and_no_state(cluster: LocalCluster, job_name: str) -> None:
@@ -213,16 +204,7 @@ def test_parametrizations(cluster: LocalCluster, job_name: str, kind: str) -> No
                 nn.utils.parametrizations.spectral_norm(linear)
         return nn.Sequential(linear, nn.Tanh(), nn.Linear(5, 2))
 
-    def run(model: nn.Module, optimizer: torch.optim.Optimizer) -> Any:
-        losses = []
-        for _ in range(3):
-            loss = model(torch.randn(4, 5)).square().mean()
-            loss.backward()
-            step(optimizer)
-            losses.append(loss.item())
-        return losses
-
-    same(cluster.addresses, job_name, make, run)
+    same(cluster.addresses, job_name, make, steps(4, 5))
 
 
 def test_recurrent_and_convolutional_layers(cluster: LocalCluster, job_name: str) -> None:
@@ -258,7 +240,7 @@ def test_remove_leaves_a_whole_plain_module_that_trains_on(cluster: LocalCluster
     plain = seeded(Net)
     optimizer: torch.optim.Optimizer = torch.optim.SGD(plain.parameters(), lr=0.1, fused=True)
 
-    def steps(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> list[float]:
+    def train(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> list[float]:
         torch.manual_seed(seed)
         losses = []
         for _ in range(2):
@@ -268,10 +250,10 @@ def test_remove_leaves_a_whole_plain_module_that_trains_on(cluster: LocalCluster
             losses.append(loss.item())
         return losses
 
-    expected = [steps(plain, optimizer, seed) for seed in range(3)]
+    expected = [train(plain, optimizer, seed) for seed in range(3)]
     with trainer.connect(cluster.addresses, job=job_name) as job:
         model = trainer.offload(seeded(Net), job, trainer.OffloadConfig(param_persistence_threshold=0))
-        actual = [steps(model, trainer.RemoteOptimizer(model.parameters(), torch.optim.SGD, lr=0.1), 0)]
+        actual = [train(model, trainer.RemoteOptimizer(model.parameters(), torch.optim.SGD, lr=0.1), 0)]
         assert trainer.remove(model) is model
         assert {type(p) for p in model.parameters()} == {nn.Parameter}
         assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
@@ -279,12 +261,12 @@ def test_remove_leaves_a_whole_plain_module_that_trains_on(cluster: LocalCluster
 
         copy.deepcopy(model)
         kept = copy.deepcopy(model.state_dict())
-        actual.append(steps(model, torch.optim.SGD(model.parameters(), lr=0.1, fused=True), 1))
+        actual.append(train(model, torch.optim.SGD(model.parameters(), lr=0.1, fused=True), 1))
         assert_equal(actual, expected[:2])
         # The job stayed where it was; offloaded again, the model is that of the job.
         trainer.offload(model, job, trainer.OffloadConfig(param_persistence_threshold=0))
         assert_equal(gathered_values(model), {n: kept[n] for n, _ in model.named_parameters()})
-        steps(model, trainer.RemoteOptimizer(model.parameters(), torch.optim.SGD, lr=0.1), 1)
+        train(model, trainer.RemoteOptimizer(model.parameters(), torch.optim.SGD, lr=0.1), 1)
         nothing_gathered(model)
 
 
