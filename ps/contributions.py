@@ -41,12 +41,15 @@ class Contributions:
     lock: held while a push is applied and while the session says that its contributions are final, so
         that a push is in a step whole or not at all.
     final_step: the step for which the contributions are final, or -1.
+    epoch: how often this session discarded contributions to the job's present step that were final. Ranks
+        do so together, but not at the same moment: only those of one epoch belong together.
     stepped: the last step that this session asked for, or -1.
     """
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.final_step = -1
+        self.epoch = 0
         self.stepped = -1
         self._accumulators: dict[Chunk, _Accumulator] = {}
         # Between `zero` and the updater, so that `zero` need not wait for the updates that are running.

@@ -2,7 +2,7 @@
 
 import math
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,7 @@ from ps.chunk import Chunk
 from ps.contributions import Contributions, average
 from ps.errors import Conflict, InvalidRequest, JobFailed, SessionEnded
 from ps.monitor import Monitor, Patience
+from ps.norms import NormKey, Norms
 from ps.optimizer import Options
 from ps.sessions import Session, Sessions
 from ps.shard import Shard
@@ -42,10 +43,14 @@ class Steps:
         self._wishes: dict[int, StepWish] = {}
         self._disagreement: str | None = None
         self._norm_lock = threading.Lock()
-        self._norms: dict[tuple[object, ...], list[float]] = {}
+        self._norms = Norms()
 
     def join(self, session: Session) -> None:
+        """A session begins; expects the monitor to be held."""
         self._contributions[session.id] = Contributions()
+        if not session.read_only:
+            # It knows nothing of what the others have been through, so all count from the same epoch.
+            self._begin_epochs()
 
     def leave(self, session: Session) -> None:
         """Discards what a session contributed and no agreed step uses; expects the monitor to be held."""
@@ -120,8 +125,11 @@ class Steps:
                 if step != present:
                     raise Conflict(f"rank {session.rank} zeroes gradients of step {step} but is at step {present}")
                 if not stepped:
+                    # Norms that were computed stay: other ranks may be about to ask for them.
+                    if contributions.final_step == step:
+                        contributions.epoch += 1
                     contributions.final_step = -1
-                    self._norms.clear()
+                    self._monitor.changed()
             contributions.zero(chunks, present)
 
     def norms(
@@ -132,20 +140,20 @@ class Steps:
         parameters: Sequence[int],
         norm_type: float,
         patience: Patience,
-    ) -> list[float]:
+    ) -> Sequence[float]:
         """The norm of the averaged gradient of each chunk here, in the order of the manifest.
 
-        Makes the session's contributions final and waits for those of the other ranks. A chunk that
-        nobody contributed to has norm 0.
+        Makes the session's contributions final and waits for those of the other ranks, of the same epoch. A
+        chunk that nobody contributed to has norm 0. Raises Conflict when this rank and another one cannot
+        be meaning the same gradients.
         """
         if math.isnan(norm_type):
             raise InvalidRequest("norm_type is not a number")
         chunks = shard.select(parameters)
         contributions = self.of(session)
-        with contributions.lock, self._monitor:
-            self._check_step(session, shard, step)
-            contributions.final_step = step
-            self._monitor.changed()
+
+        def key() -> NormKey:
+            return NormKey(contributions.epoch, tuple(parameters), norm_type)
 
         def everyone() -> list[Contributions] | None:
             trainers = self._sessions.trainers(session.world_size)
@@ -153,27 +161,59 @@ class Steps:
 
         def all_final() -> bool:
             by_rank = everyone()
-            return by_rank is not None and all(c.final_step == step for c in by_rank)
+            return by_rank is not None and all(c.final_step == step and c.epoch == contributions.epoch for c in by_rank)
 
+        def check() -> None:
+            self.check_progress(session)
+            self._check_step(session, shard, step)
+            if self._contributions.get(session.id) is not contributions or contributions.final_step != step:
+                raise Conflict(f"rank {session.rank} discarded its gradients while it waited for their norm")
+            for other in self._sessions.trainers(session.world_size) or ():
+                if self._contributions[other.id].epoch > contributions.epoch:
+                    raise Conflict(
+                        f"rank {other.rank} discarded its gradients of step {step} before rank {session.rank} asked "
+                        "for their norm; every rank has to ask for the same norms and then call zero_grad"
+                    )
+
+        with contributions.lock, self._monitor:
+            self._check_step(session, shard, step)
+            contributions.final_step = step
+            if self._norms.was_told(key(), session.id):
+                # It asks again and another rank began anew meanwhile: this one had nothing to discard, so
+                # what it has contributed is its part in the new epoch, too.
+                contributions.epoch = max(c.epoch for c in everyone() or (contributions,))
+            self._monitor.changed()
         self._monitor.wait_until(
-            all_final,
+            lambda: key() in self._norms or all_final(),
             patience,
             lambda: f"the other ranks' gradients of step {step} of job {self._job!r}",
-            lambda: self.check_progress(session),
+            check,
         )
-        key = (step, tuple(parameters), norm_type)
-        # Every rank asks for the same; the first one computes it.
+        # Every rank asks for the same; the first one computes it. Until then none has its answer, so none
+        # discards what this reads.
         with self._norm_lock:
             with self._monitor:
-                norms, by_rank = self._norms.get(key), everyone()
-            if norms is None:
-                if by_rank is None:
-                    self.check_progress(session)
-                    raise Conflict(f"a trainer of job {self._job!r} was replaced while norms were computed")
-                norms = [_norm(chunk, by_rank, norm_type) for chunk in chunks]
-                with self._monitor:
-                    self._norms[key] = norms
+                asked, by_rank = key(), everyone()
+                norms = self._norms.tell(asked, session.id)
+                if norms is not None:
+                    return norms
+                if by_rank is None or not all_final():
+                    raise self._gone(session, check)
+            norms = [_norm(chunk, by_rank, norm_type) for chunk in chunks]
+            with self._monitor:
+                if everyone() != by_rank or key() != asked or not all_final():
+                    raise self._gone(session, check)
+                self._norms.keep(asked, norms)
+                self._norms.tell(asked, session.id)
             return norms
+
+    def _gone(self, session: Session, check: Callable[[], None]) -> Conflict:
+        """Why gradients that were final are no longer; `check` may know better and raises then."""
+        check()
+        return Conflict(
+            f"gradients of job {self._job!r} were discarded while rank {session.rank} computed their norm: a trainer "
+            "was replaced, or gave up waiting"
+        )
 
     def step(self, session: Session, shard: Shard, step: int, wish: StepWish) -> None:
         """The session's contributions are final; with the last rank's word the step begins.
@@ -217,8 +257,13 @@ class Steps:
         agreed = AgreedStep(shard, shard.step, options, scales, tuple(contributions))
         shard.step += 1
         self._wishes.clear()
-        self._norms.clear()
+        self._begin_epochs()
         self._updater.submit(agreed)
+
+    def _begin_epochs(self) -> None:
+        for contributions in self._contributions.values():
+            contributions.epoch = 0
+        self._norms.clear()
 
     def _check_step(self, session: Session, shard: Shard, step: int) -> None:
         session.check()

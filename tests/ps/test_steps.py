@@ -237,6 +237,94 @@ def test_after_the_norm_a_gradient_is_final_until_it_is_zeroed(address: str, job
     assert torch.equal(client.pull(0, version=1), torch.full((2,), -3.0))
 
 
+def _norm(client: Client, norm_type: float = math.inf, timeout: float = 20) -> list[float]:
+    return list(client.call("GradNorm", norm_type=norm_type, timeout_seconds=timeout).chunk_norms)
+
+
+def _norms(clients: list[Client], norm_type: float = math.inf) -> list[list[float]]:
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(lambda client: _norm(client, norm_type), clients))
+
+
+def test_a_norm_after_zeroing_waits_for_a_rank_that_is_late_to_zero(address: str, job_name: str) -> None:
+    """Gradients were bad, all ranks drop them and compute others: old and new ones are never averaged."""
+    one, two = start_job(address, {"w": torch.zeros(2)}, job=job_name, world_size=2, lr=1.0)
+    for repeat, (first, second) in enumerate([(100.0, 100.0), (3.0, 5.0), (1.0, 2.0)]):
+        if repeat:
+            one.call("ZeroGrad")
+        one.push_gradient(0, torch.full((2,), first))
+        with ThreadPoolExecutor() as pool:
+            early = pool.submit(_norm, one)
+            time.sleep(0.3)
+            assert not early.done()
+            if repeat:
+                two.call("ZeroGrad")
+            two.push_gradient(0, torch.full((2,), second))
+            assert _norm(two) == early.result() == [(first + second) / 2]
+    for client in (one, two):
+        client.step(0)
+    assert torch.equal(one.pull(0, version=1), torch.full((2,), -1.5))
+
+
+def test_a_norm_that_one_rank_has_got_is_there_for_the_others_after_it_zeroed(address: str, job_name: str) -> None:
+    one, two = start_job(address, {"w": torch.zeros(4)}, job=job_name, world_size=2)
+    for client in (one, two):
+        client.push_gradient(0, torch.ones(4))
+    assert _norms([one, two]) == [[1.0], [1.0]]
+    assert _norm(one, 2.0) == [2.0]
+    one.call("ZeroGrad")
+    assert _norm(two, 2.0, timeout=5) == [2.0]
+
+
+def test_ranks_may_zero_different_parameters(address: str, job_name: str) -> None:
+    one, two = start_job(address, {"a": torch.zeros(2), "b": torch.zeros(2)}, job=job_name, world_size=2)
+    for client in (one, two):
+        for number in range(2):
+            client.push_gradient(number, torch.full((2,), 8.0))
+    assert _norms([one, two]) == [[8.0, 8.0]] * 2
+    one.call("ZeroGrad", parameters=[0])
+    two.call("ZeroGrad", parameters=[1])
+    two.call("ZeroGrad", parameters=[0])
+    one.push_gradient(0, torch.full((2,), 2.0))
+    assert _norms([one, two]) == [[1.0, 4.0]] * 2
+
+
+def test_a_rank_that_has_nothing_to_zero_need_not(address: str, job_name: str) -> None:
+    one, two = start_job(address, {"w": torch.zeros(2)}, job=job_name, world_size=2)
+    one.push_gradient(0, torch.full((2,), 2.0))
+    assert _norms([one, two]) == [[1.0]] * 2
+    one.call("ZeroGrad")
+    one.push_gradient(0, torch.full((2,), 6.0))
+    assert _norms([one, two]) == [[3.0]] * 2
+
+
+def test_epochs_of_a_step_begin_anew_with_the_next_one_and_with_a_new_trainer(address: str, job_name: str) -> None:
+    one, two = start_job(address, {"w": torch.zeros(2)}, job=job_name, world_size=2, lr=1.0)
+    assert _norms([one, two]) == [[0.0]] * 2
+    one.call("ZeroGrad")
+    for client in (one, two):
+        client.step(0)
+    assert _norm_at_1(one, two) == [[0.0]] * 2
+    one.call("ZeroGrad", step=1)
+    two = Client(address, job=job_name, rank=1, world_size=2)
+    assert _norm_at_1(one, two) == [[0.0]] * 2
+
+
+def _norm_at_1(*clients: Client) -> list[list[float]]:
+    with ThreadPoolExecutor() as pool:
+        calls = [pool.submit(c.call, "GradNorm", step=1, norm_type=2.0, timeout_seconds=5) for c in clients]
+        return [list(call.result().chunk_norms) for call in calls]
+
+
+def test_a_rank_that_gave_up_waiting_and_zeroed_is_named(address: str, job_name: str) -> None:
+    one, two = start_job(address, W, job=job_name, world_size=2)
+    assert error_of(lambda: _norm(one, timeout=0.2))[0] == grpc.StatusCode.DEADLINE_EXCEEDED
+    one.call("ZeroGrad")
+    code, message = error_of(lambda: _norm(two))
+    assert code == grpc.StatusCode.FAILED_PRECONDITION
+    assert "rank 0 discarded its gradients of step 0 before rank 1 asked" in message
+
+
 # ---------------------------------------------------------------- opening
 
 
