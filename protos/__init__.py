@@ -5,6 +5,12 @@ the package is built (`make protos` in a working tree). The other modules hold t
 server and a trainer have to agree on without asking each other.
 """
 
+import os
+
+# gRPC writes remarks about connections to stderr, into whatever a program shows there. Errors reach
+# callers as exceptions; who wants the remarks sets the variable.
+os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+
 PROTOCOL_VERSION = 1
 """Raised with every incompatible change of `zero_ps.proto`; peers of another version are refused."""
 

@@ -8,7 +8,7 @@ _PARAMETER = re.compile(r"[A-Za-z0-9_][^/\\\x00-\x1f\x7f]{0,199}")
 
 def check_job_name(name: str) -> None:
     """Raises ValueError unless `name` is 1 to 100 letters, digits, '_', '-' and '.', '.' not first."""
-    if not _JOB.fullmatch(name):
+    if not isinstance(name, str) or not _JOB.fullmatch(name):
         raise ValueError(
             f"job name {name!r} is not valid: use 1 to 100 letters, digits, '_', '-' and '.', "
             "beginning with a letter or a digit"

@@ -19,6 +19,7 @@ from trainer.errors import (
     ModifiedParameterError,
     ReleasedParameterError,
     RequestRefused,
+    ServerFailure,
     TrainerLost,
     ZeroPsError,
 )
@@ -38,6 +39,7 @@ __all__ = [
     "ReleasedParameterError",
     "RemoteOptimizer",
     "RequestRefused",
+    "ServerFailure",
     "TrainerLost",
     "ZeroPsError",
     "clip_grad_norm_",

@@ -1,6 +1,7 @@
 """`trainer.connect`: from server addresses to a job at the step where it goes on."""
 
 import json
+import math
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -44,6 +45,9 @@ def connect(
     not belong together or have no common state, RequestRefused when they do not accept this trainer.
     """
     rank, world_size = _group(rank, world_size)
+    for name, seconds in (("connect_timeout", connect_timeout), ("timeout", timeout)):
+        if not isinstance(seconds, (int, float)) or not 0 < seconds < math.inf:
+            raise ConfigError(f"{name} has to be a number of seconds above 0, not {seconds!r}")
     try:
         names.check_job_name(job)
     except ValueError as error:
@@ -120,10 +124,11 @@ def _resume(servers: Sequence[Server], session: Session, job: str, timeout: floa
         f"{list(state.committed_steps) or 'none'}"
         for server, state in zip(servers, states, strict=True)
     )
-    raise ConnectError(
-        f"the servers have no step of job {job!r} in common: {held}. Bring back the data folder that is "
-        "missing, or begin anew under another job name"
-    )
+    if any(state.committed_steps for state in states):
+        remedy = "Bring back the data folder that is missing, or begin anew under another job name"
+    else:
+        remedy = "Nothing was committed yet: restart the other servers too, and the job begins anew"
+    raise ConnectError(f"the servers have no step of job {job!r} in common: {held}. {remedy}")
 
 
 def _metadata(text: str) -> dict[str, Any]:

@@ -17,6 +17,10 @@ class RequestRefused(ZeroPsError):
     """A server answered that a request is not valid in its present state; it says why."""
 
 
+class ServerFailure(ZeroPsError):
+    """A server could not do what it was asked: its disk failed, a stored file is damaged, an update raised."""
+
+
 class JobMismatch(RequestRefused):
     """The model or the optimizer is not the one that the job on the servers was made with."""
 

@@ -3,9 +3,11 @@
 import grpc
 
 from trainer.errors import (
+    ConfigError,
     ConnectError,
     DeadlineExceeded,
     RequestRefused,
+    ServerFailure,
     TrainerLost,
     ZeroPsError,
 )
@@ -36,6 +38,10 @@ def from_stream_error(address: str, code: grpc.StatusCode | int, message: str) -
             return DeadlineExceeded(text)
         case grpc.StatusCode.ABORTED:
             return TrainerLost(text)
+        case grpc.StatusCode.INVALID_ARGUMENT:
+            return ConfigError(text)
+        case grpc.StatusCode.DATA_LOSS | grpc.StatusCode.INTERNAL | grpc.StatusCode.UNKNOWN:
+            return ServerFailure(text)
         case grpc.StatusCode.UNIMPLEMENTED:
             return ConnectError(f"{text}; is it a zero-ps server of this version?")
     return RequestRefused(text)

@@ -1,5 +1,6 @@
 """One server as a trainer sees it: its address, its channel, its calls."""
 
+import socket
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -34,6 +35,11 @@ class Server:
         try:
             grpc.channel_ready_future(self._channel).result(timeout=timeout)
         except grpc.FutureTimeoutError:
+            host, _, port = self.address.rpartition(":")
+            try:
+                socket.getaddrinfo(host.strip("[]"), int(port))
+            except OSError as error:
+                raise ConnectError(f"server {self.address}: the name does not resolve ({error.strerror})") from None
             raise ConnectError(
                 f"no parameter server answers at {self.address} after {timeout:.2g} s; check the address and "
                 f"that the server runs (zero-ps serve --shard I/N --data-dir DIR --listen {self.address})"
@@ -121,11 +127,20 @@ def find_servers(addresses: str | Sequence[str], timeout: float) -> list[Server]
 
 def parse_addresses(addresses: str | Sequence[str]) -> list[str]:
     """ "host:port,host:port" or a sequence of them as a list; ConfigError names what is not an address."""
+    if not isinstance(addresses, (str, list, tuple)) or not all(isinstance(part, str) for part in addresses):
+        raise ConfigError(
+            f"servers={addresses!r} are no addresses; write 'host:port,host:port' or a list of 'host:port'"
+        )
     parts = addresses.split(",") if isinstance(addresses, str) else list(addresses)
     parts = [part.strip() for part in parts]
+    if not parts:
+        raise ConfigError("no server address was given; write host:port, as in 127.0.0.1:7070")
     for part in parts:
         host, colon, port = part.rpartition(":")
-        if not host or not colon or not port.isdigit() or not 0 < int(port) < 65536:
+        bracketed = host.startswith("[") and host.endswith("]")
+        if ":" in host and not bracketed and "/" not in host:
+            raise ConfigError(f"{part!r} is not a server address; write IPv6 addresses in brackets: [{host}]:{port}")
+        if not host or not colon or "/" in host or not port.isdecimal() or not 0 < int(port) < 65536:
             raise ConfigError(f"{part!r} is not a server address; write host:port, as in 127.0.0.1:7070")
     if len(set(parts)) != len(parts):
         raise ConfigError(f"a server address is named twice: {', '.join(parts)}")

@@ -1,13 +1,17 @@
 """A trainer's lease on a job: one session with every server, kept alive by heartbeats."""
 
 import contextlib
+import functools
 import threading
 import uuid
 from collections.abc import Sequence
+from typing import Any
+
+import grpc
 
 from protos import PROTOCOL_VERSION
 from protos import zero_ps_pb2 as pb
-from trainer.errors import ZeroPsError
+from trainer.errors import RequestRefused, ZeroPsError
 from trainer.server import Server, call_all
 
 
@@ -56,17 +60,28 @@ class Session:
         self._thread.start()
 
     def _renew(self) -> None:
-        while not self._closed.wait(self._lease / 3):
-            try:
-                call_all(
-                    self._servers,
-                    "Heartbeat",
-                    lambda server: pb.HeartbeatRequest(session_id=server.session_id),
-                    self._lease,
-                )
-            except ZeroPsError as error:
-                if not self._closed.is_set():
-                    self.error = error
+        """Sends each server its heartbeats, whatever the others do: one that is slow must not cost the
+        lease on those that are not."""
+        beats: dict[Server, grpc.Future[Any]] = {}
+        interval = self._lease / 3
+        while not self._closed.wait(interval):
+            for server in self._servers:
+                if server in beats and not beats[server].done():
+                    continue
+                request = pb.HeartbeatRequest(session_id=server.session_id)
+                beats[server] = server.start("Heartbeat", request, interval)
+                beats[server].add_done_callback(functools.partial(self._answered, server))
+
+    def _answered(self, server: Server, beat: "grpc.Future[Any]") -> None:
+        try:
+            server.finish(beat)
+        except RequestRefused as error:
+            # The server does not know the session any more. That it did not answer, or not in time, may
+            # pass; whoever waits for it finds out otherwise.
+            if not self._closed.is_set():
+                self.error = error
+        except Exception:
+            pass
 
     def check(self) -> None:
         """Raises what a heartbeat found out."""

@@ -4,6 +4,7 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
@@ -42,8 +43,11 @@ def test_something_else_that_listens_is_no_server() -> None:
             trainer.connect(address, connect_timeout=2)
 
 
-@pytest.mark.parametrize("address", ["nonsense", "host:", ":70", "host:0", "host:99999", "", "a:1,a:1"])
-def test_addresses_that_are_none_are_refused(address: str) -> None:
+@pytest.mark.parametrize(
+    "address",
+    ["nonsense", "host:", ":70", "host:0", "host:99999", "", "a:1,a:1", "::1:7070", "http://a:70", [], None, [7]],
+)
+def test_addresses_that_are_none_are_refused(address: Any) -> None:
     with pytest.raises(trainer.ConfigError, match="address"):
         trainer.connect(address)
 
@@ -58,7 +62,16 @@ def test_an_incomplete_or_repeated_set_of_servers_is_refused(cluster: LocalClust
 
 @pytest.mark.parametrize(
     "arguments",
-    [{"rank": 1}, {"rank": 2, "world_size": 2}, {"rank": 0, "world_size": 0}, {"links": ["pigeon"]}, {"links": []}],
+    [
+        {"rank": 1},
+        {"rank": 2, "world_size": 2},
+        {"rank": 0, "world_size": 0},
+        {"links": ["pigeon"]},
+        {"links": []},
+        {"connect_timeout": float("nan")},
+        {"timeout": -1},
+        {"job": None},
+    ],
 )
 def test_arguments_that_cannot_work_are_refused(cluster: LocalCluster, arguments: dict) -> None:
     with pytest.raises(trainer.ConfigError):
@@ -100,7 +113,7 @@ class Homemade(torch.optim.SGD):
 def test_an_optimizer_that_servers_do_not_run_is_refused(cluster: LocalCluster, job_name: str, cls: type) -> None:
     with trainer.connect(cluster.addresses, job=job_name) as job:
         model = trainer.offload(seeded(Residual), job)
-        with pytest.raises(trainer.ZeroPsError, match=cls.__name__):
+        with pytest.raises(trainer.ConfigError, match=cls.__name__):
             trainer.RemoteOptimizer(model.parameters(), cls, lr=0.1)
 
 
@@ -159,3 +172,8 @@ def test_calls_in_the_wrong_order_say_the_right_one(cluster: LocalCluster, job_n
     job.close()
     with pytest.raises(trainer.ConfigError, match="closed"):
         job.commit()
+
+
+def test_a_name_that_does_not_resolve_says_so() -> None:
+    with within(6), pytest.raises(trainer.ConnectError, match="nosuchhost.invalid:7070: the name does not resolve"):
+        trainer.connect("nosuchhost.invalid:7070", connect_timeout=1)

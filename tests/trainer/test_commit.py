@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 import torch
 
 import trainer
@@ -167,8 +168,6 @@ def test_servers_whose_memory_differs_go_back_to_the_commit_that_both_have(tmp_p
 
 
 def test_a_trainer_says_what_is_wrong_when_a_server_dies(tmp_path: Path) -> None:
-    import pytest
-
     with LocalCluster(servers=2, data_dir=tmp_path) as cluster, trainer.connect(cluster.addresses) as job:
         model = trainer.offload(seeded(Residual), job)
         optimizer = trainer.RemoteOptimizer(model.parameters(), torch.optim.SGD, lr=0.1)
@@ -178,3 +177,29 @@ def test_a_trainer_says_what_is_wrong_when_a_server_dies(tmp_path: Path) -> None
         with pytest.raises(trainer.ConnectError, match=cluster.addresses[1]):
             train(model, optimizer, range(1, 5))
         assert time.monotonic() - began < 20
+
+
+def test_a_server_that_stalls_costs_no_lease_on_the_others() -> None:
+    with LocalCluster(servers=2, lease=3) as cluster, trainer.connect(cluster.addresses) as job:
+        model = trainer.offload(seeded(Residual), job)
+        optimizer = trainer.RemoteOptimizer(model.parameters(), torch.optim.SGD, lr=0.1)
+        train(model, optimizer, range(1))
+        os.kill(cluster.pid(1), signal.SIGSTOP)
+        time.sleep(5)
+        os.kill(cluster.pid(1), signal.SIGCONT)
+        train(model, optimizer, range(1, 3))
+        assert job.step == 3
+
+
+def test_servers_that_lost_what_was_never_committed_say_what_to_do() -> None:
+    with LocalCluster(servers=2) as cluster:
+        with trainer.connect(cluster.addresses) as job:
+            trainer.offload(seeded(Residual), job)
+        cluster.kill(1)
+        cluster.restart(1)
+        with pytest.raises(trainer.ConnectError, match="Nothing was committed yet: restart the other servers"):
+            trainer.connect(cluster.addresses)
+        cluster.kill(0)
+        cluster.restart(0)
+        with trainer.connect(cluster.addresses) as job:
+            trainer.offload(seeded(Residual), job)
