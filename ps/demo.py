@@ -5,22 +5,21 @@ Only what a person could do by hand in four terminals: servers from `LocalCluste
 """
 
 import argparse
-import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, NoReturn
 
 from ps.cluster import LocalCluster
-from ps.demo_report import DemoError, Paths, conclude, server_status
-from ps.store import JobStore
+from ps.demo_folder import DemoError, Paths, claimed
+from ps.demo_report import conclude, server_status
+from ps.store import JobStore, StoreError
 
 JOB = "demo"
 STEPS = 120
@@ -49,15 +48,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _run(Demo(flags.out, flags.fresh, flags.steps, flags.servers, flags.trainers, tuple(flags.train)))
     except DemoError as error:
-        print(f"zero-ps demo: error: {error}", file=sys.stderr)
+        print(f"zero-ps demo: {error}", file=sys.stderr)
         return error.status
+    except OSError as error:
+        print(f"zero-ps demo: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("zero-ps demo: interrupted", file=sys.stderr)
         return 130
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong, without the usage before it, as the other commands do."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="zero-ps demo",
         description="Trains a byte-level GPT with parameter servers and trainers on this machine. Run again, it "
         "goes on from the last commit.",
@@ -71,17 +80,25 @@ def _parser() -> argparse.ArgumentParser:
         "train",
         nargs="*",
         metavar="-- FLAG",
-        help="flags after -- go to the training application (see zero-ps train)",
+        help="flags after -- go to the training application (see zero-ps train); the demo's own --servers, --job, "
+        "--steps, --step-log and --summary stay as they are",
     )
     return parser
 
 
 def _run(demo: Demo) -> int:
+    for name in ("steps", "servers", "trainers"):
+        value = getattr(demo, name)
+        if value is not None and value < 1:
+            raise DemoError(f"--{name} has to be at least 1, not {value}", status=2)
     paths = Paths(demo.out)
-    servers = _prepare(demo, paths)
+    with claimed(paths, fresh=demo.fresh, servers=demo.servers) as servers:
+        return _serve_and_train(demo, paths, servers)
+
+
+def _serve_and_train(demo: Demo, paths: Paths, servers: int) -> int:
     print(f"starting {servers} servers; their stores are in {paths.state}", flush=True)
-    with LocalCluster(servers=servers, data_dir=paths.state) as cluster:
-        step = _committed_step(cluster.data_dirs)
+    with _started(servers, paths) as (cluster, step):
         # A run that was cut short is finished; one that was done is continued for as long again.
         steps = demo.steps if step < demo.steps else step + demo.steps
         if step > 0:
@@ -98,36 +115,17 @@ def _run(demo: Demo) -> int:
     return status
 
 
-def _prepare(demo: Demo, paths: Paths) -> int:
-    """Checks the flags, makes the folder and returns the number of servers."""
-    for name in ("steps", "servers", "trainers"):
-        value = getattr(demo, name)
-        if value is not None and value < 1:
-            raise DemoError(f"--{name} has to be at least 1, not {value}", status=2)
-    if demo.out.exists() and not demo.out.is_dir():
-        raise DemoError(f"--out {demo.out} is not a folder", status=2)
-    ours = paths.marker.is_file()
-    if demo.out.exists() and any(demo.out.iterdir()) and not ours:
-        raise DemoError(
-            f"{demo.out} was not made by this demo (it has no {paths.marker.name}) and is left alone; choose "
-            "another folder with --out",
-            status=2,
-        )
-    if demo.fresh and ours:
-        shutil.rmtree(demo.out)
-        ours = False
-    if not ours:
-        servers = demo.servers or 2
-        demo.out.mkdir(parents=True, exist_ok=True)
-        paths.marker.write_text(json.dumps({"servers": servers}) + "\n")
-        return servers
-    servers = int(json.loads(paths.marker.read_text())["servers"])
-    if demo.servers not in (None, servers):
-        raise DemoError(
-            f"{demo.out} was made with --servers {servers}; go on with as many, or start over with --fresh",
-            status=2,
-        )
-    return servers
+@contextmanager
+def _started(servers: int, paths: Paths) -> Iterator[tuple[LocalCluster, int]]:
+    """Running servers and the step that they have in common."""
+    with ExitStack() as stack:
+        try:
+            cluster = stack.enter_context(LocalCluster(servers=servers, data_dir=paths.state))
+            step = _committed_step(cluster.data_dirs)
+        except (RuntimeError, StoreError, OSError) as error:
+            # The last line of a server's log is why it ended.
+            raise DemoError(f"the servers cannot start: {str(error).splitlines()[-1]}", status=2) from error
+        yield cluster, step
 
 
 def _committed_step(data_dirs: Sequence[Path]) -> int:
@@ -141,18 +139,12 @@ def _committed_step(data_dirs: Sequence[Path]) -> int:
 
 def _train(demo: Demo, paths: Paths, addresses: Sequence[str], steps: int) -> int:
     """Runs the trainers to their end. 0, or 130 after Ctrl-C; raises DemoError when one fails."""
+    # The demo's own flags come last, and so count: it reads what they name.
     command = [
-        sys.executable,
-        "-m",
-        "trainer",
-        "--servers",
-        ",".join(addresses),
-        "--job",
-        JOB,
-        "--steps",
-        str(steps),
+        *(sys.executable, "-m", "trainer", *demo.train),
+        *("--servers", ",".join(addresses), "--job", JOB, "--steps", str(steps)),
+        *("--step-log", str(paths.log), "--summary", str(paths.trainer_summary)),
     ]
-    command += ["--step-log", str(paths.log), "--summary", str(paths.trainer_summary), *demo.train]
     paths.trainer_summary.unlink(missing_ok=True)
     threads = max(1, (os.cpu_count() or 1) // demo.trainers)
     with ExitStack() as stack:

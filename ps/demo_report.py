@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,63 +9,26 @@ import grpc
 
 from protos import zero_ps_pb2 as pb
 from protos import zero_ps_pb2_grpc as rpc
-
-
-class DemoError(Exception):
-    """Why the demo ended, for the person who started it, and with which exit status."""
-
-    def __init__(self, message: str, status: int = 1) -> None:
-        super().__init__(message)
-        self.status = status
-
-
-@dataclass(frozen=True)
-class Paths:
-    """What is where in the demo's folder."""
-
-    out: Path
-
-    @property
-    def marker(self) -> Path:
-        """Says that the folder is the demo's, so that --fresh never deletes anything else."""
-        return self.out / ".zero-ps-demo"
-
-    @property
-    def state(self) -> Path:
-        return self.out / "state"
-
-    @property
-    def log(self) -> Path:
-        """One line for each step since the job began."""
-        return self.out / "loss.jsonl"
-
-    @property
-    def trainer_summary(self) -> Path:
-        return self.out / "trainers.json"
-
-    @property
-    def summary(self) -> Path:
-        return self.out / "summary.json"
-
-    @property
-    def plot(self) -> Path:
-        return self.out / "loss.png"
-
-    def trainer_log(self, rank: int) -> Path:
-        return self.out / f"trainer-{rank}.log"
+from ps.demo_folder import DemoError, Paths
 
 
 def server_status(address: str) -> pb.StatusResponse:
-    """What a server says of itself."""
-    with grpc.insecure_channel(address) as channel:
-        return rpc.ParameterServerStub(channel).Status(pb.StatusRequest(), timeout=10, wait_for_ready=True)
+    """What a server says of itself. Raises DemoError when it does not answer."""
+    try:
+        with grpc.insecure_channel(address) as channel:
+            return rpc.ParameterServerStub(channel).Status(pb.StatusRequest(), timeout=10, wait_for_ready=True)
+    except grpc.RpcError:
+        raise DemoError(f"server {address} does not answer any more; what was committed is safe") from None
 
 
 def conclude(paths: Paths, server_peaks: Mapping[str, int], data_dirs: Iterable[Path | str]) -> None:
     """Writes summary.json and loss.png and prints the table.
 
-    First loss and steps are the job's since it began; bytes and memory are those of this run.
+    First loss and steps are the job's since it began; bytes and memory are those of this run. Raises
+    DemoError when the trainers ended well but left no summary, as after `-- --help`.
     """
+    if not paths.trainer_summary.exists():
+        raise DemoError("the trainers ended without training; look at the flags after --", status=2)
     run: dict[str, Any] = json.loads(paths.trainer_summary.read_text())
     steps = [json.loads(line) for line in paths.log.read_text().splitlines()]
     summary = {
