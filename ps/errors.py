@@ -63,6 +63,12 @@ class OutOfBudget(ServerError):
     code = "RESOURCE_EXHAUSTED"
 
 
+class ServerFull(ServerError):
+    """The server has as many jobs or sessions as it may have."""
+
+    code = "RESOURCE_EXHAUSTED"
+
+
 class JobFailed(ServerError):
     """An optimizer step raised; the state in memory is not usable until a restore."""
 

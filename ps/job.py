@@ -84,6 +84,24 @@ class Job:
         with self.monitor:
             self.sessions.expire(deaf_seconds)
 
+    def retire(self) -> bool:
+        """Whether nobody needs this object any more: there is no session and no usable state.
+
+        The memory of a state that is of no use is given back then.
+        """
+        if not self.shard_lock.acquire(blocking=False):
+            # A trainer that is gone by now began to load or to write, and that is still going on.
+            return False
+        try:
+            with self.monitor:
+                if self.sessions.living() or self.usable_step >= 0:
+                    return False
+                self.shard = None
+                self.budget.release(self.name)
+                return True
+        finally:
+            self.shard_lock.release()
+
     def close(self) -> None:
         self.updater.close()
 

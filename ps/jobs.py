@@ -3,11 +3,11 @@
 import logging
 import threading
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 
 from protos.names import check_job_name
 from ps.budget import Budget
-from ps.errors import InvalidRequest, NotFound
+from ps.errors import InvalidRequest, NotFound, ServerFull, StorageFailed
 from ps.job import Job
 from ps.monitor import Patience
 from ps.options import ServerOptions
@@ -17,20 +17,27 @@ from ps.store import DataDir, StoreError
 MAX_JOBS = 256
 """Jobs that a server keeps in memory, so that a client that makes up names cannot fill it."""
 
-_KEPT_SESSIONS = 4096
+MAX_SESSIONS = 4096
+"""Sessions that a server knows. Those that ended make room for new ones."""
 
 _log = logging.getLogger(__name__)
 
 
 class Jobs:
-    """The jobs of one server. Jobs stay in memory for as long as the server lives."""
+    """The jobs of one server.
+
+    A job is in memory while it has a session or a state from which training can go on. Others are on disk,
+    if anything of them was committed.
+    """
 
     def __init__(self, options: ServerOptions, data_dir: DataDir, budget: Budget) -> None:
         self.options = options
         self.data_dir = data_dir
         self._budget = budget
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._jobs: dict[str, Job] = {}
+        # Names of jobs for which a session is just being opened, as often as there are such.
+        self._arrivals: Counter[str] = Counter()
         # Ended sessions stay for a while: their trainers are told why they ended.
         self._sessions: OrderedDict[str, tuple[Job, Session]] = OrderedDict()
         self._closing = threading.Event()
@@ -45,17 +52,19 @@ class Jobs:
     def open_session(
         self, name: str, rank: int, world_size: int, incarnation: str, read_only: bool, patience: Patience
     ) -> tuple[Job, Session]:
-        """A session of a job, which need not exist yet."""
-        job = self._job(name)
-        session = job.open_session(rank, world_size, incarnation, read_only, patience)
+        """A session of a job, which for a trainer need not exist yet. Raises NotFound and ServerFull."""
         with self._lock:
-            self._sessions[session.id] = (job, session)
-            while len(self._sessions) > _KEPT_SESSIONS:
-                oldest = next(iter(self._sessions))
-                if self._sessions[oldest][1].ended is None:
-                    self._sessions.move_to_end(oldest)
-                else:
-                    del self._sessions[oldest]
+            self._make_room()
+            job = self._job(name, read_only)
+            self._arrivals[name] += 1
+        try:
+            session = job.open_session(rank, world_size, incarnation, read_only, patience)
+            with self._lock:
+                self._sessions[session.id] = (job, session)
+        finally:
+            with self._lock:
+                self._arrivals[name] -= 1
+                self._arrivals += Counter()  # Drops what is zero.
         return job, session
 
     def find(self, session_id: str) -> tuple[Job, Session]:
@@ -83,20 +92,49 @@ class Jobs:
         for job in self.loaded():
             job.close()
 
-    def _job(self, name: str) -> Job:
-        with self._lock:
-            job = self._jobs.get(name)
-            if job is not None:
-                return job
-            if len(self._jobs) >= MAX_JOBS:
-                raise InvalidRequest(f"this server has {MAX_JOBS} jobs, the most it may have")
-            try:
-                check_job_name(name)
-                store = self.data_dir.job_store(name)
-            except ValueError as error:
-                raise InvalidRequest(str(error)) from error
-            job = self._jobs[name] = Job(name, self.options, store, self._budget)
+    def _make_room(self) -> None:
+        """Forgets the oldest session that ended if there are too many; expects the lock to be held."""
+        if len(self._sessions) < MAX_SESSIONS:
+            return
+        ended = next((id for id, (_, session) in self._sessions.items() if session.ended is not None), None)
+        if ended is None:
+            raise ServerFull(
+                f"this server has {MAX_SESSIONS} sessions, the most it may have; close some, or use another server"
+            )
+        del self._sessions[ended]
+
+    def _job(self, name: str, must_exist: bool) -> Job:
+        """The job, in memory; expects the lock to be held."""
+        job = self._jobs.get(name)
+        if job is not None:
             return job
+        try:
+            check_job_name(name)
+            store = self.data_dir.job_store(name)
+        except ValueError as error:
+            raise InvalidRequest(str(error)) from error
+        try:
+            if must_exist and not store.committed_steps():
+                raise NotFound(f"there is no job {name!r} on this server, and a read-only session cannot create it")
+        except StoreError as error:
+            raise StorageFailed(str(error)) from error
+        if len(self._jobs) >= MAX_JOBS:
+            self._drop_idle()
+        if len(self._jobs) >= MAX_JOBS:
+            raise ServerFull(
+                f"this server has {MAX_JOBS} jobs in memory, the most it may have; use one of them ('zero-ps status' "
+                "lists them), start another server, or start this one again: what was committed is still there then"
+            )
+        job = self._jobs[name] = Job(name, self.options, store, self._budget)
+        return job
+
+    def _drop_idle(self) -> None:
+        """Takes jobs out of memory that have neither a session nor a usable state there."""
+        with self._lock:
+            for name, job in list(self._jobs.items()):
+                if not self._arrivals[name] and job.retire():
+                    del self._jobs[name]
+                    job.close()
 
     def _expire(self) -> None:
         every = min(0.5, self.options.lease_seconds / 10)
@@ -106,4 +144,5 @@ class Jobs:
             overslept = time.monotonic() - due
             for job in self.loaded():
                 job.expire(max(0.0, overslept))
+            self._drop_idle()
             due = time.monotonic() + every

@@ -13,6 +13,7 @@ import torch
 from protos import PROTOCOL_VERSION
 from protos import zero_ps_pb2 as pb
 from ps import LocalCluster
+from ps.jobs import MAX_JOBS, MAX_SESSIONS
 from tests.ps.client import Client, error_of, start_job
 
 LEASE = 2.0
@@ -262,6 +263,79 @@ def test_waiting_for_a_former_run_ends_in_time(address: str, job_name: str) -> N
     code, message = error_of(lambda: Client(address, job=job_name, timeout=0.5))
     assert code == grpc.StatusCode.DEADLINE_EXCEEDED
     assert "2 trainers of a former run" in message
+
+
+# ---------------------------------------------------------------- how many
+
+
+def _open(client: Client, job: str, rank: int = 0, world_size: int = 1) -> pb.OpenSessionResponse:
+    """A further session over the connection of a client."""
+    request = pb.OpenSessionRequest(
+        protocol_version=PROTOCOL_VERSION,
+        job=job,
+        rank=rank,
+        world_size=world_size,
+        incarnation="further",
+        num_shards=1,
+        timeout_seconds=5,
+    )
+    return client.stub.OpenSession(request, timeout=20)
+
+
+def _job_names(client: Client) -> set[str]:
+    return {job.name for job in client.stub.Status(pb.StatusRequest(), timeout=20).jobs}
+
+
+def test_a_server_full_of_living_sessions_refuses_another_and_goes_on() -> None:
+    with LocalCluster(1, lease=300) as cluster:
+        client = Client(cluster.addresses[0], job="other")
+        opened = [_open(client, "job", rank, 5000) for rank in range(MAX_SESSIONS - 1)]
+        code, message = error_of(lambda: _open(client, "job", 4999, 5000))
+        assert code == grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert f"has {MAX_SESSIONS} sessions" in message
+        client.call("Heartbeat")
+        request = pb.CloseSessionRequest(session_id=opened[7].session_id)
+        client.stub.CloseSession(request, timeout=20)
+        _open(client, "job", 4999, 5000)
+
+
+def test_names_that_came_to_nothing_do_not_fill_the_server(address: str, job_name: str) -> None:
+    (client,) = start_job(address, W, job=job_name)
+    for number in range(MAX_JOBS + 10):
+        session = _open(client, f"{job_name}-mistyped{number}")
+        client.stub.CloseSession(pb.CloseSessionRequest(session_id=session.session_id), timeout=20)
+    error_of(lambda: _open(client, f"{job_name}-refused", rank=1))
+    deadline = time.monotonic() + 20
+    while any(name.startswith(f"{job_name}-") for name in _job_names(client)):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    client.close()
+    time.sleep(1)
+    assert Client(address, job=job_name).opened.step == 0, "a state is kept"
+
+
+def test_the_memory_of_a_job_that_never_got_its_weights_is_given_back() -> None:
+    with LocalCluster(1, memory="20MiB") as cluster:
+        client = Client(cluster.addresses[0], job="first")
+        client.open_job({"w": torch.zeros(2_000_000)})
+        client.close()
+        deadline = time.monotonic() + 20
+        other = Client(cluster.addresses[0], job="second")
+        while _job_names(other) != {"second"}:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        other.open_job({"w": torch.zeros(2_000_000)})
+
+
+def test_a_server_full_of_jobs_says_what_to_do() -> None:
+    with LocalCluster(1, lease=300) as cluster:
+        client = Client(cluster.addresses[0], job="other")
+        for number in range(MAX_JOBS - 1):
+            _open(client, f"job{number}")
+        code, message = error_of(lambda: _open(client, "another"))
+        assert code == grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert f"{MAX_JOBS} jobs in memory, the most it may have; use one of them" in message
+        _open(client, "job7")
 
 
 # ---------------------------------------------------------------- barrier
