@@ -14,11 +14,20 @@ _log = logging.getLogger(__name__)
 
 
 def restore(job: Job, session: Session, step: int, patience: Patience) -> str:
-    """Loads a generation in place of whatever is in memory; returns its metadata. Raises NotFound."""
-    job.steps.of(session)
+    """Loads a generation in place of whatever is in memory; returns its metadata. Raises NotFound.
+
+    Raises Conflict for a read-only session while there is something that others may need: trainers, or a
+    state from which training can go on.
+    """
+    session.check()
     if job.shard is not None:
         job.wait_at_rest(job.shard, session, patience)
     with job.shard_lock:
+        if session.read_only:
+            if not _holds(job, step):
+                _check_unused(job, step)
+                _load(job, step, 0)
+            return job.open_shard().metadata
         if not _holds(job, step):
             _load(job, step, session.world_size)
         with job.monitor:
@@ -32,6 +41,19 @@ def restore(job: Job, session: Session, step: int, patience: Patience) -> str:
 def _holds(job: Job, step: int) -> bool:
     """Whether memory is what the generation is."""
     return job.shard is not None and job.shard.generation == step and job.shard.failure is None
+
+
+def _check_unused(job: Job, step: int) -> None:
+    if trainers := [session.who for session in job.living_sessions() if not session.read_only]:
+        raise Conflict(
+            f"a read-only session cannot restore step {step} of job {job.name!r} while it has trainers "
+            f"({trainers[0]}); wait until they have it in memory"
+        )
+    if job.usable_step >= 0:
+        raise Conflict(
+            f"a read-only session cannot restore step {step} of job {job.name!r}, which has step {job.usable_step} in "
+            "memory; have a trainer restore it"
+        )
 
 
 def _load(job: Job, step: int, world_size: int) -> None:

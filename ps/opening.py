@@ -33,10 +33,13 @@ def open_job(
 ) -> OpenedJob:
     """Creates the job, or checks that it holds this model. Takes over chunks that were staged for it.
 
-    staging_ids: by parameter name. Raises Conflict naming the first parameter that differs.
+    A read-only session only compares. staging_ids: by parameter name. Raises Conflict naming the first
+    parameter that differs.
     """
     with job.shard_lock, job.monitor:
-        job.steps.of(session)
+        session.check()
+        if session.read_only:
+            return _compare(job, manifest)
         shard = job.shard
         if shard is not None and shard.failure is not None and shard.failed_at < session.opened_at:
             shard = None
@@ -53,6 +56,18 @@ def open_job(
         bound = _bind(job.staging(session), shard, staging_ids)
         job.monitor.changed()
         return OpenedJob(shard.manifest, needs_weights, tuple(bound), shard.step, shard.placement_digest)
+
+
+def _compare(job: Job, manifest: Sequence[StoredParameter]) -> OpenedJob:
+    if job.shard is None:
+        raise Conflict(
+            f"job {job.name!r} has no state on this server, and a read-only session cannot create it; wait for its "
+            "trainers to open it"
+        )
+    shard = job.open_shard()
+    check_same_model(job.name, shard.manifest, manifest)
+    # Weights that rank 0 has still to write are not for a reader to send: its pulls wait for them.
+    return OpenedJob(shard.manifest, False, (), shard.step, shard.placement_digest)
 
 
 def _create(job: Job, session: Session, manifest: Sequence[StoredParameter]) -> Shard:

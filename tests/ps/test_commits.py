@@ -9,9 +9,10 @@ import grpc
 import pytest
 import torch
 
+from protos import zero_ps_pb2 as pb
 from ps import LocalCluster
 from ps.store import DataDir
-from tests.ps.client import Client, error_of, start_job
+from tests.ps.client import Client, error_of, spec, start_job
 
 SHAPES = {"a": (), "b": (1200, 1001), "c": (17, 3), "d": (0, 2)}
 
@@ -235,3 +236,57 @@ def error_of_or_none(call):
     except Exception as error:
         return error
     return None
+
+
+# ---------------------------------------------------------------- readers
+
+
+def test_a_reader_opens_a_job_that_has_trainers_and_changes_nothing(address: str, job_name: str) -> None:
+    parameters = random_parameters()
+    (client,) = start_job(address, parameters, job=job_name)
+    commit(client, 0)
+    reader = Client(address, job=job_name, read_only=True)
+    assert reader.opened.step == 0
+    frozen = [spec(name, tensor) for name, tensor in parameters.items()]
+    for parameter in frozen:
+        parameter.trainable = False
+    opened = reader.call("OpenJob", manifest=pb.Manifest(parameters=frozen))
+    reader.manifest = opened.manifest
+    assert not opened.needs_weights
+    assert all(p.trainable for p in opened.manifest.parameters)
+    assert torch.equal(reader.pull(1), parameters["b"])
+    assert "'c' differs" in error_of(lambda: reader.open_job({**parameters, "c": torch.zeros(1)}))[1]
+    assert reader.call("Restore", step=0).metadata == ""
+    train(client, 0, 1)
+    code, message = error_of(lambda: reader.call("Restore", step=0))
+    assert code == grpc.StatusCode.FAILED_PRECONDITION
+    assert "cannot restore step 0" in message
+    assert "it has trainers (rank 0/1)" in message
+    client.close()
+    assert "which has step 1 in memory" in error_of(lambda: reader.call("Restore", step=0))[1]
+    assert reader.pull(0, version=1).shape == ()
+
+
+def test_a_reader_restores_a_job_that_nobody_uses(tmp_path: Path) -> None:
+    parameters = random_parameters()
+    with LocalCluster(1, data_dir=tmp_path) as cluster:
+        (client,) = start_job(cluster.addresses[0], parameters, job="job")
+        commit(client, 0, metadata='{"a": 1}')
+    with LocalCluster(1, data_dir=tmp_path) as cluster:
+        reader = Client(cluster.addresses[0], job="job", read_only=True)
+        assert (reader.opened.step, list(reader.opened.committed_steps)) == (-1, [0])
+        assert reader.call("Restore", step=0).metadata == '{"a": 1}'
+        reader.open_job(parameters)
+        assert torch.equal(reader.pull(2), parameters["c"])
+
+
+def test_a_reader_creates_nothing(address: str, job_name: str) -> None:
+    code, message = error_of(lambda: Client(address, job=job_name, read_only=True))
+    assert code == grpc.StatusCode.NOT_FOUND
+    assert f"no job '{job_name}' on this server" in message
+    client = Client(address, job=job_name)
+    assert job_name in {job.name for job in client.stub.Status(pb.StatusRequest()).jobs}
+    reader = Client(address, job=job_name, read_only=True)
+    code, message = error_of(lambda: reader.open_job(random_parameters()))
+    assert code == grpc.StatusCode.FAILED_PRECONDITION
+    assert "has no state on this server, and a read-only session cannot create it" in message
