@@ -6,25 +6,25 @@ from collections.abc import Sequence
 
 import trainer
 from trainer.app.flags import parse
-from trainer.app.loop import train
+from trainer.app.loop import TrainingFailed, train
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status 0 when done, 1 when training failed, 2 when it could not begin, 130 after Ctrl-C."""
+    """Exit status 0 when done, 1 when training began and failed, 2 when it could not begin, 130 after Ctrl-C."""
     settings = parse(arguments)
     try:
         return train(settings)
-    except (trainer.ConfigError, trainer.ConnectError, trainer.JobMismatch, ValueError) as error:
-        return _fail(error, 2)
-    except (trainer.ZeroPsError, OSError) as error:
+    except TrainingFailed as error:
         return _fail(error, 1)
+    except (trainer.ZeroPsError, ValueError, OSError) as error:
+        return _fail(error, 2)
     except KeyboardInterrupt:
         return _fail("interrupted at once; what the last commit has is safe", 130)
 
 
 def _fail(error: object, status: int) -> int:
     rank = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
-    print(f"zero-ps train{rank}: error: {error}", file=sys.stderr, flush=True)
+    print(f"zero-ps train{rank}: {error}", file=sys.stderr, flush=True)
     return status
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -105,3 +106,42 @@ def test_another_model_under_the_same_job_is_refused_in_one_line(cluster: LocalC
     assert other.returncode == 2, said
     assert said.count("\n") == 1
     assert "tokens.weight" in said
+
+
+def test_a_log_that_cannot_be_written_ends_it_before_training_begins(cluster: LocalCluster, job_name: str) -> None:
+    process = start(cluster, 0, 1, "--job", job_name, "--step-log", "/proc/foo/log")
+    said = process.communicate(timeout=60)[0]
+    assert process.returncode == 2, said
+    assert said.splitlines()[-1] == "zero-ps train (rank 0): [Errno 2] No such file or directory: '/proc/foo'"
+
+
+def test_a_server_that_dies_ends_training_with_1_and_says_where_it_goes_on(job_name: str, tmp_path: Path) -> None:
+    log = tmp_path / "log.jsonl"
+    flags = ["--job", job_name, "--steps", "100000", "--commit-every", "2", "--step-log", str(log)]
+    with LocalCluster(servers=2, data_dir=tmp_path / "state") as cluster:
+        processes = [start(cluster, rank, 2, *flags) for rank in range(2)]
+        until = time.monotonic() + 60
+        while not (log.exists() and len(log.read_text().splitlines()) >= 5):
+            assert time.monotonic() < until
+            ended = [process for process in processes if process.poll() is not None]
+            assert not ended, ended[0].communicate()[0]
+            time.sleep(0.02)
+        cluster.kill(1)
+        said = [process.communicate(timeout=60)[0] for process in processes]
+        assert [process.returncode for process in processes] == [1, 1], said
+        found = re.search(
+            r"^zero-ps train \(rank 0\): .*Training ended after step (\d+); the last commit is at step (\d+)\. "
+            r"The same command goes on from the newest step that all servers have$",
+            said[0],
+            re.MULTILINE,
+        )
+        assert found is not None, said[0]
+        assert "the last commit is at step" in said[1]
+        made, committed = int(found[1]), int(found[2])
+        assert committed <= made <= committed + 2
+        assert committed % 2 == 0
+
+        cluster.restart(1)
+        (later,) = run(cluster, 1, "--job", job_name, "--steps", str(made + 3))
+        # A generation that was on its way when the server died may have become complete.
+        assert re.search(rf"going on at step ({committed}|{committed + 2})$", later, re.MULTILINE), later

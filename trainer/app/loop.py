@@ -4,6 +4,8 @@ import json
 import math
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -18,11 +20,15 @@ from trainer.app.gpt import GPT
 from trainer.app.report import Report, StepReport, say, write_summary
 
 
+class TrainingFailed(Exception):
+    """Training began and came to an end before its time; the message says why, where, and how to go on."""
+
+
 def train(settings: Settings) -> int:
     """Trains until the job has made `settings.steps` steps; returns the exit status.
 
-    Raises ValueError for data or a device that cannot work, OSError for data that cannot be read, and
-    `trainer.ZeroPsError`.
+    Raises TrainingFailed once training has begun. Before that: ValueError for data or a device that cannot
+    work, OSError for a file that cannot be read or written, and `trainer.ZeroPsError`.
     """
     optimizer_class = getattr(torch.optim, settings.optimizer, None)
     if not (isinstance(optimizer_class, type) and issubclass(optimizer_class, torch.optim.Optimizer)):
@@ -45,67 +51,70 @@ def train(settings: Settings) -> int:
             _introduce(settings, job, model, corpus, dtype, device)
         report = Report(first_step=first_step, steps=settings.steps, log=settings.step_log, shown=job.rank == 0)
         began = time.monotonic()
-        committed = first_step
+        committed = Committed()
         moved = Moved()
         stopped = False
-        while job.step < settings.steps and not stopped:
-            started = time.monotonic()
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(job.step, settings)
-            x, y = corpus.batch(
-                seed=settings.seed,
-                step=job.step,
-                rank=job.rank,
-                size=settings.batch,
-                context=settings.model.context,
-            )
-            loss = model(x.to(device), y.to(device))
-            loss.backward()
-            if settings.clip is not None:
-                trainer.clip_grad_norm_(model.parameters(), settings.clip)
-            optimizer.step()
-            optimizer.zero_grad()
-
-            everyone = _exchange(job, loss=loss.item(), stop=interrupt.requested, **vars(job.stats))
-            # Ranks stop together or not at all: one that went on alone would wait for the others.
-            stopped = any(one["stop"] for one in everyone)
-            pulled, pushed = moved.since(everyone)
-            report.step(
-                StepReport(
+        with closing(report), _ends_with_an_explanation(job, committed):
+            while job.step < settings.steps and not stopped:
+                started = time.monotonic()
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate(job.step, settings)
+                x, y = corpus.batch(
+                    seed=settings.seed,
                     step=job.step,
-                    loss=sum(one["loss"] for one in everyone) / len(everyone),
-                    seconds=time.monotonic() - started,
-                    bytes_pulled=pulled,
-                    bytes_pushed=pushed,
+                    rank=job.rank,
+                    size=settings.batch,
+                    context=settings.model.context,
                 )
-            )
-            if settings.commit_every and job.step % settings.commit_every == 0:
-                job.commit(_metadata(settings, corpus))
-                committed = job.step
-        if committed < job.step:
-            job.commit(_metadata(settings, corpus))
-        report.close()
+                loss = model(x.to(device), y.to(device))
+                loss.backward()
+                if settings.clip is not None:
+                    trainer.clip_grad_norm_(model.parameters(), settings.clip)
+                optimizer.step()
+                optimizer.zero_grad()
 
-        # The last exchange also keeps every session open until rank 0's commit is done.
-        everyone = _exchange(job, peak_rss_bytes=machine.peak_rss_bytes(), **vars(job.stats))
-        if job.rank == 0:
-            summary = {
-                "job": settings.job,
-                "first_step": first_step,
-                "steps": job.step,
-                "first_loss": report.first_loss,
-                "last_loss": report.loss,
-                "seconds": round(time.monotonic() - began, 3),
-                "bytes_pulled": sum(one["bytes_pulled"] for one in everyone),
-                "bytes_pushed": sum(one["bytes_pushed"] for one in everyone),
-                "peak_rss_bytes": {f"trainer-{rank}": one["peak_rss_bytes"] for rank, one in enumerate(everyone)},
-                "parameters": sum(parameter.numel() for parameter in model.parameters()),
-                "dtype": "bf16" if dtype is torch.bfloat16 else "fp32",
-                "interrupted": stopped and job.step < settings.steps,
-            }
-            if settings.summary is not None:
-                write_summary(settings.summary, summary)
-            _conclude(settings, summary)
+                everyone = _exchange(
+                    job, loss=loss.item(), stop=interrupt.requested, committed=committed.step, **vars(job.stats)
+                )
+                # Ranks stop together or not at all: one that went on alone would wait for the others.
+                stopped = any(one["stop"] for one in everyone)
+                committed.step = everyone[0]["committed"]
+                pulled, pushed = moved.since(everyone)
+                report.step(
+                    StepReport(
+                        step=job.step,
+                        loss=sum(one["loss"] for one in everyone) / len(everyone),
+                        seconds=time.monotonic() - started,
+                        bytes_pulled=pulled,
+                        bytes_pushed=pushed,
+                    )
+                )
+                if settings.commit_every and job.step % settings.commit_every == 0:
+                    _commit(job, committed, settings, corpus)
+            if first_step < job.step != committed.step:
+                _commit(job, committed, settings, corpus)
+            report.close()
+
+            # The last exchange also keeps every session open until rank 0's commit is done.
+            everyone = _exchange(job, peak_rss_bytes=machine.peak_rss_bytes(), **vars(job.stats))
+            if job.rank == 0:
+                summary = {
+                    "job": settings.job,
+                    "first_step": first_step,
+                    "steps": job.step,
+                    "first_loss": report.first_loss,
+                    "last_loss": report.loss,
+                    "seconds": round(time.monotonic() - began, 3),
+                    "bytes_pulled": sum(one["bytes_pulled"] for one in everyone),
+                    "bytes_pushed": sum(one["bytes_pushed"] for one in everyone),
+                    "peak_rss_bytes": {f"trainer-{rank}": one["peak_rss_bytes"] for rank, one in enumerate(everyone)},
+                    "parameters": sum(parameter.numel() for parameter in model.parameters()),
+                    "dtype": "bf16" if dtype is torch.bfloat16 else "fp32",
+                    "interrupted": stopped and job.step < settings.steps,
+                }
+                if settings.summary is not None:
+                    write_summary(settings.summary, summary)
+                _conclude(settings, summary)
     return 130 if stopped and job.step < settings.steps else 0
 
 
@@ -155,6 +164,36 @@ class Moved:
         self.pulled = sum(one["bytes_pulled"] for one in everyone)
         self.pushed = sum(one["bytes_pushed"] for one in everyone)
         return self.pulled - before[0], self.pushed - before[1]
+
+
+@dataclass
+class Committed:
+    """The newest step that this run has committed, as far as this rank knows; None before the first."""
+
+    step: int | None = None
+
+
+def _commit(job: trainer.Job, committed: Committed, settings: Settings, corpus: data.Corpus) -> None:
+    job.commit(_metadata(settings, corpus))
+    # On other ranks `commit` returns at once; they learn from rank 0 that it is done.
+    if job.rank == 0:
+        committed.step = job.step
+
+
+@contextmanager
+def _ends_with_an_explanation(job: trainer.Job, committed: Committed) -> Iterator[None]:
+    """What ends training early says also after which step, what is safe, and how to go on."""
+    try:
+        yield
+    except (trainer.ZeroPsError, OSError) as error:
+        if committed.step is not None:
+            state = f"the last commit is at step {committed.step}"
+        else:
+            state = "this run had committed nothing yet"
+        raise TrainingFailed(
+            f"{error}. Training ended after step {job.step}; {state}. The same command goes on from the newest "
+            "step that all servers have"
+        ) from error
 
 
 def _exchange(job: trainer.Job, **values: object) -> list[dict[str, Any]]:
