@@ -20,8 +20,9 @@ SERVERS = ["--servers", "127.0.0.1:1"]
     [
         ([], "--servers"),
         ([*SERVERS, "--steps", "0"], "--steps: has to be at least 1, not 0"),
-        ([*SERVERS, "--batch", "many"], "--batch: invalid"),
+        ([*SERVERS, "--batch", "many"], "--batch: 'many' is not a whole number"),
         ([*SERVERS, "--lr", "-1"], "--lr: has to be a number above 0"),
+        ([*SERVERS, "--lr", "much"], "--lr: has to be a number above 0, not much"),
         ([*SERVERS, "--lr", "nan"], "--lr: has to be a number above 0"),
         ([*SERVERS, "--heads", "7"], "512 is not one of 7"),
         ([*SERVERS, "--data", "nowhere/at/all"], "nowhere/at/all: there is no such file or folder"),
@@ -34,7 +35,10 @@ def test_a_bad_flag_exits_with_2_and_says_which(
     with pytest.raises(SystemExit) as exit:
         main(flags)
     assert exit.value.code == 2
-    assert message in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1, "a line that says what is wrong, and no usage before it"
+    assert error.startswith("zero-ps train: ")
 
 
 @pytest.mark.parametrize(
@@ -65,6 +69,9 @@ def test_too_little_data_exits_with_2(tmp_path: Path, capsys: pytest.CaptureFixt
 def test_help_of_the_module() -> None:
     result = subprocess.run([sys.executable, "-m", "trainer", "--help"], capture_output=True, text=True, check=True)
     assert "--servers" in result.stdout
+    assert "(default: AdamW)" in result.stdout
+    for nothing in ("None", "[]", "False"):
+        assert f"default: {nothing}" not in result.stdout
 
 
 def test_learning_rate_rises_to_the_peak_and_falls_to_a_tenth() -> None:

@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from trainer.app.gpt import GPTConfig
 
@@ -64,12 +65,28 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
     )
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong, without the usage before it, as the other commands of zero-ps do."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+class _Defaults(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds the default to the help of a flag that has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None or action.default is False or action.default == []:
+            return action.help
+        return super()._get_help_string(action)
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="zero-ps train",
         description="Trains a byte-level GPT whose parameters live on zero-ps servers. A job that the servers "
         "know already goes on where it is. Several trainers: torchrun --nproc-per-node 2 -m trainer ...",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=_Defaults,
     )
     add = parser.add_argument_group("job").add_argument
     add("--servers", required=True, metavar="HOST:PORT,...", help="every server of the set, in any order")
@@ -105,22 +122,32 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+
+
 def _count(text: str) -> int:
-    value = int(text)
+    value = _whole(text)
     if value < 0:
         raise argparse.ArgumentTypeError(f"has to be at least 0, not {value}")
     return value
 
 
 def _at_least_one(text: str) -> int:
-    value = int(text)
+    value = _whole(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"has to be at least 1, not {value}")
     return value
 
 
 def _positive(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"has to be a number above 0, not {text}")
     return value
