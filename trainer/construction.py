@@ -121,6 +121,9 @@ class Construction:
             self._resident[state] = state.nbytes
         self._shrink(RESIDENT_BYTES, keep=states)
 
+    def in_pass(self) -> bool:
+        return True
+
     def assign(self, state: OffloadedParameter, values: torch.Tensor) -> bool:
         return False
 

@@ -4,11 +4,13 @@ Here it fetches what is needed when it is needed and releases it as soon as noth
 along a recorded trace, and budgets, take their place behind these same calls.
 """
 
+import contextlib
 from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from trainer.parameter import OffloadedParameter
 from trainer.transfer import Destination
@@ -39,11 +41,12 @@ class Coordinator:
     def fetch(self, states: Iterable[OffloadedParameter]) -> None:
         """Returns when all the parameters are whole and at the job's version."""
         version = self._job.step
-        missing = [state for state in states if state.version != version]
-        if not missing:
+        states = list(states)
+        if all(state.version == version for state in states):
             return
-        if self._unsaved:
-            self.release_unsaved()
+        # First: among what backward is done with may be something that is wanted now.
+        self.release_unsaved()
+        missing = [state for state in states if state.version != version]
         self._job.check()
         if self.assigned:
             self._job.transfer.flush()
@@ -51,7 +54,9 @@ class Coordinator:
             self.assigned = False
         # Bytes are written by another thread, which torch would not let write to tensors that were made
         # in inference mode.
-        with torch.inference_mode(False), torch.no_grad():
+        # Nor is it anybody's business who follows what the model computes, as selective checkpointing does.
+        modes = _disable_current_modes() if torch._C._len_torch_dispatch_stack() else contextlib.nullcontext()
+        with torch.inference_mode(False), torch.no_grad(), modes:
             self._pull(missing, version)
 
     def _pull(self, states: Sequence[OffloadedParameter], version: int) -> None:
@@ -74,6 +79,11 @@ class Coordinator:
         """Gathers a parameter until nothing in the running backward needs it."""
         self.fetch((state,))
         self._for_backward[state] = None
+
+    def fetch_for_a_look(self, state: OffloadedParameter) -> None:
+        """Gathers a parameter outside of any pass; it goes once nobody holds a view of it."""
+        self.fetch((state,))
+        self._lingering[state] = None
 
     # ------------------------------------------------------------ release
 
@@ -101,10 +111,9 @@ class Coordinator:
                 self.release((state,))
 
     def after_gradient(self, state: OffloadedParameter) -> None:
-        """The parameter has its gradient; nothing else in backward needs it unless a graph still holds it."""
+        """The parameter has its gradient. Should anything in backward still need it, it comes back."""
         self.release_unsaved()
-        if state.saved == 0:
-            self.release((state,))
+        self.release((state,))
 
     def end_of_backward(self) -> None:
         """Releases all that backward gathered, also what graphs that are kept will need once more."""

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from trainer import saved
 from trainer.errors import ModifiedParameterError
 from trainer.offload import OffloadedModel
 from trainer.parameter import NOT_HERE, OffloadedParameter, offloaded
@@ -36,19 +37,25 @@ def gathered(params: nn.Module | torch.Tensor | Iterable[torch.Tensor], *, modif
         model.coordinator.fetch(group)
         for state in group:
             state.activate()
+            # A loss may be computed here, and its backward may come after.
+            model.gradients.watch(state)
     before = {state: (state.edition[0], _fingerprint(state)) for state in states}
     completed = False
+    hooks_saved = not torch.is_inference_mode_enabled() and saved.push_hooks(always=True)
     try:
         yield
         completed = True
     finally:
+        if hooks_saved:
+            saved.pop_hooks()
         changed = [state for state in states if _fingerprint(state) != _expected(state, *before[state])]
+        kept: list[OffloadedParameter] = []
         try:
             if modify and completed:
                 for model, group in groups:
-                    _keep(model, group, changed)
+                    kept += _keep(model, group, changed)
         finally:
-            for state in changed:
+            for state in {*changed, *kept}:
                 # Not ours to keep: the next use fetches what the servers have.
                 state.version = NOT_HERE
             for state in states:
@@ -56,6 +63,9 @@ def gathered(params: nn.Module | torch.Tensor | Iterable[torch.Tensor], *, modif
             for model, group in groups:
                 model.coordinator.fetch([state for state in group if state.active])
                 model.coordinator.release(group)
+            for state in kept:
+                # What contexts around this one, in which it is still whole, are to compare with.
+                state.edition = (state.edition[0] + 1, _fingerprint(state) if state.active else ())
     if changed and not modify:
         names = ", ".join(repr(state.name) for state in changed)
         raise ModifiedParameterError(
@@ -90,8 +100,10 @@ def _fingerprint(state: OffloadedParameter) -> Fingerprint:
         return (param._version, data.numel(), *sums.tolist())
 
 
-def _keep(model: OffloadedModel, group: list[OffloadedParameter], changed: list[OffloadedParameter]) -> None:
-    """Sends rank 0's changes and has every rank know which parameters they are."""
+def _keep(
+    model: OffloadedModel, group: list[OffloadedParameter], changed: list[OffloadedParameter]
+) -> list[OffloadedParameter]:
+    """Sends rank 0's changes; returns, on every rank, the parameters that they are of."""
     job = model.job
     by_index = {state.remote.index: state for state in group if state.remote is not None}
     indices = [index for index, state in by_index.items() if state in changed]
@@ -102,9 +114,4 @@ def _keep(model: OffloadedModel, group: list[OffloadedParameter], changed: list[
             write_values(job, by_index[index], by_index[index].param.detach())
         job.transfer.flush()
     told = job.barrier("changes of gathered(modify=True)", ",".join(map(str, indices)).encode())[0]
-    for text in filter(None, told.decode().split(",")):
-        state = by_index[int(text)]
-        if job.rank == 0:
-            state.edition = (state.edition[0] + 1, _fingerprint(state))
-        if state not in changed:
-            changed.append(state)
+    return [by_index[int(text)] for text in told.decode().split(",") if text]

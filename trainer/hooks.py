@@ -13,39 +13,67 @@ import torch
 from torch import nn
 
 from trainer import saved
-from trainer.errors import ConfigError
-from trainer.parameter import OffloadedParameter, offloaded
+from trainer.errors import ConfigError, ModifiedParameterError
+from trainer.parameter import NOT_HERE, OffloadedParameter, offloaded
 from trainer.units import is_compiled
 
 if TYPE_CHECKING:
     from trainer.offload import OffloadedModel
 
 
+_FORGET_AFTER = 3
+"""Forwards in a row without using an external parameter, after which it is not fetched beforehand."""
+
+
 class Frame:
     """One running forward."""
 
-    __slots__ = ("hooks_saved", "states", "unit")
+    __slots__ = ("expected", "hooks_saved", "states", "unit")
 
     def __init__(self, unit: "Unit") -> None:
         self.unit = unit
-        self.states: list[OffloadedParameter] = []
+        self.states: list[tuple[OffloadedParameter, int]] = []
+        # Gathered because earlier forwards turned out to use them; still guarded, so that it shows.
+        self.expected: list[OffloadedParameter] = []
         self.hooks_saved = False
 
     def use(self, states: Sequence[OffloadedParameter]) -> None:
         """Gathers parameters and keeps them in use until the forward ends."""
-        for model in dict.fromkeys(state.model for state in states):
-            model.coordinator.fetch([state for state in states if state.model is model])
+        self._fetch(states)
         for state in states:
             state.activate()
-            self.states.append(state)
+            self.states.append((state, state.param._version))
+
+    def expect(self, states: Sequence[OffloadedParameter]) -> None:
+        """Gathers parameters that the forward will probably use."""
+        self._fetch(states)
+        self.expected.extend(states)
+
+    @staticmethod
+    def _fetch(states: Sequence[OffloadedParameter]) -> None:
+        for model in dict.fromkeys(state.model for state in states):
+            model.coordinator.fetch([state for state in states if state.model is model])
 
     def end(self) -> None:
+        """Raises ModifiedParameterError when the forward changed a parameter: the change would be lost."""
         if self.hooks_saved:
             saved.pop_hooks()
-        for state in self.states:
+        changed = []
+        for state, version in self.states:
+            if (state.param._version != version or state.replaced) and state.version != NOT_HERE:
+                state.version = NOT_HERE
+                changed.append(state)
             state.deactivate()
-        for state in self.states:
+        for state, _ in self.states:
             state.model.coordinator.release((state,))
+        for state in self.expected:
+            state.model.coordinator.release((state,))
+        if changed:
+            names = ", ".join(repr(state.name) for state in changed)
+            raise ModifiedParameterError(
+                f"parameter {names} was changed in place in the forward of module {self.unit.name!r}; what a forward "
+                "changes is not kept. Change it between steps, inside trainer.gathered(..., modify=True)"
+            )
 
 
 class _Frames(threading.local):
@@ -74,7 +102,8 @@ class Unit:
     """A submodule with its hooks.
 
     leaf: whether it is gathered together with everything below it, which has no hooks then.
-    external: parameters of other modules that its forward was seen to use.
+    external: parameters of other modules that its forward was seen to use, and for how many forwards in a
+        row each was not.
     """
 
     def __init__(self, module: nn.Module, name: str, model: "OffloadedModel", leaf: bool) -> None:
@@ -82,7 +111,7 @@ class Unit:
         self.leaf = leaf
         self.name = name
         self.model = model
-        self.external: dict[OffloadedParameter, None] = {}
+        self.external: dict[OffloadedParameter, int] = {}
         before: Callable[..., None] = self._before_forward
         after: Callable[..., None] = self._after_forward
         if is_compiled(module):
@@ -100,7 +129,8 @@ class Unit:
             handle.remove()
 
     def add_external(self, state: OffloadedParameter) -> None:
-        self.external[state] = None
+        """The running forward uses the parameter."""
+        self.external[state] = -1
 
     def _before_forward(self, module: nn.Module, args: object) -> None:
         stack = _frames.stack
@@ -119,15 +149,24 @@ class Unit:
                 states.append(state)
             elif param.numel():
                 raise self._not_offloaded(param)
-        if self.external:
-            states += [state for state in self.external if state not in states]
         frame.use(states)
-        if torch.is_grad_enabled():
-            # Also for a module without parameters: it may turn out to use another's, and torch's stack of
-            # hooks has to be left as it was found, so they cannot be pushed in the middle.
+        if self.external:
+            frame.expect([state for state in self.external if state not in states])
+        if not torch.is_inference_mode_enabled():
+            # Under no_grad too, which a forward may switch off again for a part of it. And for a module
+            # without parameters: it may turn out to use another's, and torch's stack of hooks has to be
+            # left as it was found, so they cannot be pushed in the middle.
             frame.hooks_saved = saved.push_hooks()
             for state in states:
                 state.model.gradients.watch(state)
+
+    def _forget_unused(self) -> None:
+        """Stops expecting what several forwards in a row did not use, as experts that are not chosen."""
+        for state, unused in list(self.external.items()):
+            if unused >= _FORGET_AFTER:
+                del self.external[state]
+            else:
+                self.external[state] = unused + 1
 
     def _not_offloaded(self, param: nn.Parameter) -> ConfigError:
         name = next(name for name, found in self.module.named_parameters(self.name) if found is param)
@@ -140,5 +179,7 @@ class Unit:
         stack = _frames.stack
         if stack and stack[-1].unit is self:
             stack.pop().end()
+            if self.external:
+                self._forget_unused()
             if not stack and self.model.coordinator.lingering:
                 self.model.coordinator.release_lingering()

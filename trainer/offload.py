@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from trainer import saved
 from trainer.config import OffloadConfig
@@ -50,6 +51,14 @@ def offload(
     job.check()
     if find(model) is not None or any(hasattr(module, _ATTRIBUTE) for module in model.modules()):
         raise ConfigError("this model is offloaded already; call trainer.remove(model) first")
+    for name, param in model.named_parameters():
+        state = offloaded(param)
+        if state is not None and isinstance(state.owner, OffloadedModel):
+            raise ConfigError(
+                f"parameter {name!r} is offloaded already, as {state.name!r} of job {state.owner.job.name!r}; a "
+                "parameter is one job's: offload a model that holds all of what shares it"
+            )
+    _check_overlaps(model)
     if job.model is not None:
         raise ConfigError(
             f"job {job.name!r} has a model already; a job is one model's state: connect another job for another model"
@@ -96,6 +105,8 @@ class OffloadedModel:
         self.gradients = Gradients(job, config, self.memory, self.coordinator)
         self._model = weakref.ref(model)
         self._backward = _NO_BACKWARD
+        # The optimizer that was made last; see `RemoteOptimizer.step`.
+        self.optimizer: object = None
         # Whatever may be wrong with the settings comes out before anything has changed.
         units = list(choose_units(model, config))
         remotes = open_job(model, job)
@@ -211,15 +222,19 @@ class OffloadedModel:
             "backward pass; use it inside 'with trainer.gathered(param):' (modify=True to change it)"
         )
 
+    def in_pass(self) -> bool:
+        return current_frame() is not None or in_backward()
+
     def assign(self, state: OffloadedParameter, values: torch.Tensor) -> bool:
         """`param.copy_(values)` outside of a pass, as `load_state_dict` does: goes to the servers.
 
         Rank 0's values count; the next fetch waits until every rank is past the assignments.
         """
-        if current_frame() is not None or in_backward():
+        if self.in_pass():
             return False
         write_values(self.job, state, values)
         state.version = NOT_HERE
+        state.edition = (state.edition[0] + 1, ())
         self.coordinator.assigned = True
         return True
 
@@ -238,10 +253,15 @@ class OffloadedModel:
                 f"parameter {state.name!r} is needed for gradient computation as it was at step {note.version}, but "
                 f"the job is at step {self.job.step}: an optimizer step came between forward and backward"
             )
+        if note.edition != state.edition[0]:
+            raise RuntimeError(
+                f"parameter {state.name!r} is needed for gradient computation, but its values were replaced between "
+                "forward and backward, by gathered(modify=True) or load_state_dict()"
+            )
         if in_backward():
             self._fetch_for_backward(state)
         else:
-            self.coordinator.fetch((state,))
+            self.coordinator.fetch_for_a_look(state)
 
     def _fetch_for_backward(self, state: OffloadedParameter) -> None:
         # By the task's number: a backward that failed never called back.
@@ -264,6 +284,11 @@ class OffloadedModel:
         """Sends the persistent buffers as they are, to become part of a commit."""
         for buffer, remote in self._buffers:
             data = buffer().detach().to("cpu").contiguous()
+            if tuple(data.shape) != remote.grid.shape:
+                raise ConfigError(
+                    f"buffer {remote.name!r} has shape {tuple(data.shape)} and had {remote.grid.shape} when the job "
+                    "was made; a buffer whose shape changes cannot be committed: register it with persistent=False"
+                )
             self.job.transfer.push(remote, data, PushKind.WEIGHT, step=self.job.step)
         self.job.transfer.flush()
 
@@ -281,6 +306,26 @@ class OffloadedModel:
                 target.copy_(data.view(target.dtype).reshape(target.shape))
 
 
+def _check_overlaps(model: nn.Module) -> None:
+    """Raises ConfigError for two parameters that share memory: each would get memory of its own."""
+    ranges: dict[int, list[tuple[int, int, str]]] = {}
+    for name, param in model.named_parameters():
+        if is_lazy(param) or offloaded(param) is not None or param.is_meta or not param.numel():
+            continue
+        start = param.storage_offset() * param.element_size()
+        stop = start + (sum((n - 1) * s for n, s in zip(param.shape, param.stride(), strict=True)) + 1) * (
+            param.element_size()
+        )
+        others = ranges.setdefault(param.untyped_storage()._cdata, [])
+        for other_start, other_stop, other in others:
+            if start < other_stop and other_start < stop:
+                raise ConfigError(
+                    f"parameters {other!r} and {name!r} are different parameters over the same memory; tie them by "
+                    "assigning one Parameter to both modules"
+                )
+        others.append((int(start), int(stop), name))
+
+
 def _materialised(model: nn.Module, name: str, device: torch.device | None) -> Callable[[], torch.Tensor]:
     """A getter for a buffer, which modules may assign anew; a meta buffer becomes a real one first."""
     path, _, leaf = name.rpartition(".")
@@ -292,7 +337,8 @@ def _materialised(model: nn.Module, name: str, device: torch.device | None) -> C
 
     def get() -> torch.Tensor:
         found = module._buffers[leaf]
-        assert found is not None
+        if found is None:
+            raise ConfigError(f"buffer {name!r} is None now and was a tensor when the job was made")
         return found
 
     return get

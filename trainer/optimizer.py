@@ -1,6 +1,7 @@
 """`trainer.RemoteOptimizer`: a torch optimizer whose arithmetic runs where the state is."""
 
 import math
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any, overload
 
@@ -46,6 +47,7 @@ class RemoteOptimizer(Optimizer):
         super().__init__(params, template.defaults)
         self.job: Job = self._owner.job
         self._send_groups()
+        self._owner.optimizer = weakref.ref(self)
         self._ready = True
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -116,6 +118,11 @@ class RemoteOptimizer(Optimizer):
             )
         job, model = self.job, self._owner
         job.check()
+        if model.optimizer != weakref.ref(self):
+            raise ConfigError(
+                f"another RemoteOptimizer was made for job {job.name!r} after this one; a job has one optimizer: use "
+                "param groups for parameters that are to be treated differently"
+            )
         model.between_passes()
         model.gradients.before_step(self._states())
         job.transfer.flush()

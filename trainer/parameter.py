@@ -35,6 +35,9 @@ class Owner(Protocol):
     def touch(self, states: Sequence["OffloadedParameter"], func: Callable[..., Any]) -> None:
         """Makes the parameters usable for a call of `func`, or raises an error that names them."""
 
+    def in_pass(self) -> bool:
+        """Whether released parameters that are used now are gathered, rather than refused."""
+
     def assign(self, state: "OffloadedParameter", values: torch.Tensor) -> bool:
         """Replaces a released parameter's values where they are; False where a touch has to do."""
 
@@ -57,7 +60,7 @@ class OffloadedParameter:
     persistent: stays gathered between uses.
     guarded_aliases: how many tensors share the storage whose every use is caught.
     contributions: gradients that were pushed in the running step.
-    edition: how often `gathered(modify=True)` changed the values, with a fingerprint of the latest.
+    edition: how often the values were replaced otherwise than by a step, and a fingerprint of the latest.
     """
 
     def __init__(self, param: nn.Parameter, name: str, owner: Owner) -> None:
@@ -159,6 +162,11 @@ class OffloadedParameter:
         return self.view(self.shape, _contiguous_stride(self.shape), 0, self.dtype)
 
     @property
+    def replaced(self) -> bool:
+        """Whether somebody assigned other memory to the parameter, through `.data`."""
+        return bool(torch._C._storage_address(self.param) != self.address)  # type: ignore[attr-defined]
+
+    @property
     def aliased(self) -> bool:
         """Whether somebody holds a view of the storage whose uses nothing catches."""
         return _uses(self.storage) > _OWN_USES + self.guarded_aliases
@@ -193,6 +201,10 @@ class OffloadedParameter:
         """Ends one use; after the last one every access is caught."""
         self.active -= 1
         if self.active == 0:
+            if self.replaced:
+                self.version = NOT_HERE
+                with torch.no_grad():
+                    self.param.data = self.whole()
             self.guard()
 
     def guard(self) -> None:

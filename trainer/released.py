@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from trainer.errors import ReleasedParameterError
 from trainer.memory import empty_of
 
 if TYPE_CHECKING:
@@ -75,6 +76,8 @@ class Released:
     ) -> Any:
         kwargs = kwargs or {}
         if func not in METADATA:
+            for tensor in _released_in((args, kwargs)):
+                _refuse_stand_in(tensor, func)
             released = [tensor for tensor in _released_in((args, kwargs)) if not tensor._zero_ps.active]
             # All of one parameter: it, and what stands for it.
             if released and args and args[0] is released[0] and len({id(t._zero_ps) for t in released}) == 1:
@@ -142,9 +145,9 @@ def _without_values(tensor: Any, func: Callable[..., Any], args: tuple[Any, ...]
     if func is torch.Tensor.detach:
         with torch._C.DisableTorchFunctionSubclass():
             return _guarded(tensor.detach(), state)
-    if func in CONVERSIONS:
+    if func in CONVERSIONS and not state.owner.in_pass():
         # What the conversion would give, without any element to convert.
-        probe = func(torch.empty(0, dtype=state.dtype, device=state.device), *args, **kwargs)
+        probe = func(torch.empty([0] * len(state.shape), dtype=state.dtype, device=state.device), *args, **kwargs)
         if not isinstance(probe, torch.Tensor):
             return None
         if probe.dtype == state.dtype and probe.device == state.device and not kwargs.get("copy"):
@@ -157,6 +160,20 @@ def _without_values(tensor: Any, func: Callable[..., Any], args: tuple[Any, ...]
     if func is torch.Tensor.copy_ and not isinstance(args[0], Released) and state.owner.assign(state, args[0]):
         return tensor
     return None
+
+
+def _refuse_stand_in(tensor: Any, func: Callable[..., Any]) -> None:
+    """Raises for a converted released parameter, which never has values: it is for `Module.to` only."""
+    if type(tensor) is not ReleasedTensor or func == SET_DATA or func in CONVERSIONS:
+        return
+    state: OffloadedParameter = tensor._zero_ps
+    with torch._C.DisableTorchFunctionSubclass():
+        address = torch._C._storage_address(tensor)  # type: ignore[attr-defined]
+    if address != state.address:
+        raise ReleasedParameterError(
+            f"this is parameter {state.name!r} as it was released, converted to {tensor.dtype}: it has no values for "
+            f"{getattr(func, '__name__', func)!s}; convert inside 'with trainer.gathered(param):'"
+        )
 
 
 def _guarded(plain: torch.Tensor, state: "OffloadedParameter") -> ReleasedTensor:

@@ -44,7 +44,7 @@ def unregister(state: OffloadedParameter) -> None:
 class SavedParameter:
     """A note in the graph: this part of that parameter, as it was at that version."""
 
-    __slots__ = ("dtype", "offset", "size", "state", "stride", "version")
+    __slots__ = ("dtype", "edition", "offset", "size", "state", "stride", "version")
 
     def __init__(self, state: OffloadedParameter, tensor: torch.Tensor) -> None:
         self.state = state
@@ -53,6 +53,7 @@ class SavedParameter:
         self.offset = int(tensor.storage_offset())
         self.dtype = tensor.dtype
         self.version = state.version
+        self.edition = state.edition[0]
         state.saved += 1
 
     def __del__(self) -> None:
@@ -115,15 +116,21 @@ class _Chained:
         return result
 
 
-def push_hooks() -> bool:
-    """Has what autograd saves from here on go through this module, in this thread; False if it does already."""
+def push_hooks(*, always: bool = False) -> bool:
+    """Has what autograd saves from here on go through this module, in this thread.
+
+    Returns whether there is something to pop: hooks that are there already do, but for `always`, for
+    those whose end may come after that of the ones below.
+    """
     top: tuple[_Hook, _Hook] | None = torch._C._autograd._top_saved_tensors_default_hooks(False)
     if top is None:
         torch._C._autograd._push_saved_tensors_default_hooks(_pack, _unpack)
         return True
     pack, unpack = top
     if pack is _pack or isinstance(getattr(pack, "__self__", None), _Chained):
-        return False
+        if always:
+            torch._C._autograd._push_saved_tensors_default_hooks(pack, unpack)
+        return always
     chained = _Chained(pack, unpack)
     torch._C._autograd._push_saved_tensors_default_hooks(chained.pack, chained.unpack)
     return True
