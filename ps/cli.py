@@ -50,7 +50,8 @@ def _parser() -> argparse.ArgumentParser:
         "serve",
         help="run a parameter server",
         description="Run a parameter server: one shard of the jobs that trainers open. It says on stdout, in "
-        "one line of JSON, when and where it listens; its log goes to stderr.",
+        "one line of JSON, when and where it listens; its log goes to stderr. One server takes up to about 170 "
+        "trainers, those of all jobs together: it has 512 threads, and a trainer occupies three.",
     )
     serve.add_argument(
         "--shard",
@@ -60,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
         help="which of how many shards, from 0 (default: 0/1)",
     )
     serve.add_argument(
-        "--data-dir", type=Path, required=True, metavar="DIR", help="where committed generations are kept"
+        "--data-dir", type=_folder, required=True, metavar="DIR", help="where committed generations are kept"
     )
     serve.add_argument(
         "--listen",
@@ -150,6 +151,15 @@ def _address(text: str) -> str:
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
     return text
+
+
+def _folder(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("the name is empty; write . for the current folder")
+    path = Path(text)
+    if path.exists() and not path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is a file; name a folder, which need not exist yet")
+    return path
 
 
 def _size(text: str) -> int:

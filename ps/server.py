@@ -31,7 +31,11 @@ from ps.service import ParameterServer
 from ps.store import DataDir
 
 _MAX_THREADS = 512
-"""A stream or a wait occupies a thread. They are started on demand."""
+"""A stream or a wait occupies a thread. They are started on demand.
+
+A trainer has two streams with each server and at most one other call at a time besides heartbeats, some of
+which wait for the other trainers: at three threads each, 512 are enough for some 170 trainers.
+"""
 
 _GRACE_SECONDS = 5.0
 
@@ -157,9 +161,14 @@ def _watch_parent(stopping: threading.Event) -> None:
 
 def _why_not(host: str, port: int) -> str:
     """What the operating system says to binding this address."""
+    name = host.strip("[]")
     try:
-        with socket.create_server((host.strip("[]"), port), family=_family(host), reuse_port=False):
+        # `create_server` would raise these errors as OSErrors whose numbers mean nothing.
+        socket.getaddrinfo(name, port)
+        with socket.create_server((name, port), family=_family(host), reuse_port=False):
             return "gRPC refuses the address"
+    except socket.gaierror as error:
+        return f"the name {name!r} does not resolve ({error.strerror})"
     except OSError as error:
         return os.strerror(error.errno) if error.errno else str(error)
 

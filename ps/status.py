@@ -1,6 +1,7 @@
 """`zero-ps status`: what servers hold and who is connected, as a table."""
 
 import os
+import sys
 from collections.abc import Sequence
 
 # gRPC's own lines about a server that is not there would stand beside ours.
@@ -10,6 +11,7 @@ import grpc
 
 from protos import zero_ps_pb2 as pb
 from protos import zero_ps_pb2_grpc
+from ps.address import split_address
 from ps.budget import format_bytes
 
 _HEADINGS = ("ADDRESS", "SHARD", "MEMORY", "PULLED", "PUSHED", "JOB", "STEP", "COMMITTED", "TRAINERS")
@@ -18,11 +20,18 @@ _HEADINGS = ("ADDRESS", "SHARD", "MEMORY", "PULLED", "PUSHED", "JOB", "STEP", "C
 def print_status(addresses: Sequence[str], timeout_seconds: float) -> int:
     """Prints a line for each job of each server. Returns 1 if a server does not answer, else 0.
 
-    addresses: "host:port", several of them also joined by commas.
+    addresses: "host:port", several of them also joined by commas. One that is none: 2, and no server is asked.
     """
     rows = []
     failed = False
-    for address in [a for text in addresses for a in text.split(",") if a]:
+    servers = [part.strip() for text in addresses for part in text.split(",")]
+    try:
+        for address in servers:
+            split_address(address)
+    except ValueError as error:
+        print(f"zero-ps status: {error}", file=sys.stderr)
+        return 2
+    for address in servers:
         try:
             with grpc.insecure_channel(address) as channel:
                 stub = zero_ps_pb2_grpc.ParameterServerStub(channel)
@@ -31,7 +40,8 @@ def print_status(addresses: Sequence[str], timeout_seconds: float) -> int:
             failed = True
             # Errors of calls are calls too, which the types do not say.
             code = getattr(error, "code", lambda: grpc.StatusCode.UNKNOWN)()
-            rows.append((address, f"no answer ({code.name})"))
+            details = " ".join((getattr(error, "details", lambda: None)() or "").split())
+            rows.append((address, f"no answer ({code.name}{details and ': ' + details})"))
     for row in _aligned([_HEADINGS, *rows]):
         print(row)
     return int(failed)

@@ -265,8 +265,39 @@ def test_the_status_of_a_server_that_is_not_there(cluster: LocalCluster) -> None
     result = zero_ps("status", f"{cluster.addresses[0]},127.0.0.1:1", "--timeout", "2")
     assert result.returncode == 1
     assert "127.0.0.1:1" in result.stdout
-    assert "no answer (UNAVAILABLE)" in result.stdout
+    assert "no answer (UNAVAILABLE: " in result.stdout
+    assert "Connection refused" in result.stdout
     assert cluster.addresses[0] in result.stdout
+
+
+def test_the_status_of_what_is_no_address_is_refused_before_any_call(cluster: LocalCluster) -> None:
+    for address, words in (("localhost", "write HOST:PORT"), ("::1:7070", "[::1]:7070")):
+        result = zero_ps("status", cluster.addresses[0], address)
+        assert result.returncode == 2
+        assert words in result.stderr
+        assert not result.stdout
+
+
+def test_the_status_of_a_name_that_does_not_resolve() -> None:
+    result = zero_ps("status", "nosuchhost.invalid:7070", "--timeout", "5")
+    assert result.returncode == 1
+    assert "nosuchhost.invalid" in result.stdout.partition("no answer (")[2]
+
+
+def test_listening_on_a_name_that_does_not_resolve(tmp_path: Path) -> None:
+    result = zero_ps("serve", "--data-dir", tmp_path, "--listen", "nosuchhost.invalid:7172")
+    assert result.returncode == 2
+    assert "the name 'nosuchhost.invalid' does not resolve" in result.stderr
+
+
+def test_a_data_dir_that_is_a_file_or_nothing_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "notes.txt"
+    file.write_text("")
+    for text, words in ((file, "notes.txt' is a file"), ("", "the name is empty")):
+        result = zero_ps("serve", "--data-dir", text)
+        assert result.returncode == 2
+        assert words in result.stderr
+        assert result.stderr.count("\n") == 1
 
 
 # ---------------------------------------------------------------- memory
@@ -317,6 +348,8 @@ def test_sizes_are_written() -> None:
 def test_addresses_are_read() -> None:
     assert split_address("localhost:70") == ("localhost", 70)
     assert split_address("[::1]:70") == ("[::1]", 70)
-    for text in ("", ":70", "a", "a:", "a:b", "a:70000"):
+    with pytest.raises(ValueError, match=r"in brackets, \[::1\]:70"):
+        split_address("::1:70")
+    for text in ("", ":70", "a", "a:", "a:b", "a:70000", "a:\u00b2"):
         with pytest.raises(ValueError, match="is not an address"):
             split_address(text)
