@@ -119,7 +119,7 @@ def test_a_reader_pulls_and_changes_nothing(address: str, job_name: str) -> None
         lambda: reader.call("Step"),
         lambda: reader.call("ZeroGrad"),
         lambda: reader.call("Commit", timeout_seconds=1),
-        lambda: reader.set_optimizer(),
+        reader.set_optimizer,
         lambda: reader.call("Barrier", tag="t", timeout_seconds=1),
     ):
         assert error_of(action)[0] == grpc.StatusCode.INVALID_ARGUMENT
