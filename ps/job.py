@@ -155,9 +155,11 @@ class Job:
                         chunk.write(weight, adopt=True)
             self.monitor.changed()
 
-    def step_from(self, session: Session, step: int, wish: StepWish) -> None:
+    def step_from(self, session: Session, step: int, wish: StepWish, patience: Patience) -> None:
         """The session's word for a step; see `Steps.step`."""
-        self.steps.step(session, self.open_shard(), step, wish)
+        shard = self.open_shard()
+        self.steps.catch_up(session, shard, step, patience)
+        self.steps.step(session, shard, step, wish)
         # Whatever was staged and fitted nowhere has been read back before training began.
         self.staging(session).clear()
 

@@ -187,7 +187,7 @@ class ParameterServer(zero_ps_pb2_grpc.ParameterServerServicer):
     @_call
     def Step(self, request: pb.StepRequest, context: grpc.ServicerContext) -> pb.StepResponse:
         job, session = self._jobs.find(request.session_id)
-        job.step_from(session, request.step, decode_step(request))
+        job.step_from(session, request.step, decode_step(request), self._update_wait(context))
         return pb.StepResponse()
 
     @_call

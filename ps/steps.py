@@ -150,6 +150,7 @@ class Steps:
         if math.isnan(norm_type):
             raise InvalidRequest("norm_type is not a number")
         chunks = shard.select(parameters)
+        self.catch_up(session, shard, step, patience)
         contributions = self.of(session)
 
         def key() -> NormKey:
@@ -213,6 +214,16 @@ class Steps:
         return Conflict(
             f"gradients of job {self._job!r} were discarded while rank {session.rank} computed their norm: a trainer "
             "was replaced, or gave up waiting"
+        )
+
+    def catch_up(self, session: Session, shard: Shard, step: int, patience: Patience) -> None:
+        """Waits for the other ranks where a trainer is one step ahead: it gave its word and pulled nothing since."""
+        contributions = self.of(session)
+        self._monitor.wait_until(
+            lambda: shard.step >= step or contributions.stepped != step - 1,
+            patience,
+            lambda: f"the other ranks' step {step - 1} of job {self._job!r}",
+            lambda: self.check_progress(session),
         )
 
     def step(self, session: Session, shard: Shard, step: int, wish: StepWish) -> None:

@@ -55,6 +55,23 @@ def test_a_step_needs_the_word_of_every_rank(address: str, job_name: str) -> Non
     assert torch.equal(clients[0].pull(0, version=1), W["w"] - 1)
 
 
+def test_a_rank_that_skips_a_batch_waits_for_the_others(address: str, job_name: str) -> None:
+    """It gives its word for two steps without a pull between them."""
+    one, two = start_job(address, W, job=job_name, world_size=2, lr=1.0)
+    two.step(0)
+    with ThreadPoolExecutor() as pool:
+        ahead = pool.submit(two.step, 1)
+        time.sleep(0.3)
+        assert not ahead.done()
+        for step in range(2):
+            one.push_gradient(0, torch.full((4,), 2.0), step=step)
+            one.step(step)
+            one.call("ZeroGrad", step=step + 1)
+        ahead.result(10)
+    assert torch.equal(one.pull(0, version=2), W["w"] - 2)
+    assert "at step 5" in error_of(lambda: two.step(5))[1]
+
+
 def test_repeating_a_step_changes_nothing(address: str, job_name: str) -> None:
     one, two = start_job(address, W, job=job_name, world_size=2, lr=1.0)
     one.push_gradient(0, torch.ones(4))
