@@ -52,6 +52,12 @@ def open_job(model: nn.Module, job: Job) -> dict[str, RemoteParameter]:
         )
         for index, spec in enumerate(specs)
     }
+    if job.read_only:
+        # It has no part in what the ranks agree on, and reads at the step where the job is now. A server
+        # that has not heard of that step from all trainers yet is about to.
+        job.step = max(response.step for response in responses)
+        job.exists = True
+        return remotes
     needs_weights = any(response.needs_weights for response in responses)
     if job.rank == 0:
         if needs_weights:
