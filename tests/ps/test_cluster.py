@@ -25,7 +25,9 @@ from ps.budget import format_bytes, parse_bytes
 from tests.ps.client import Client, error_of, start_job
 
 ROOT = Path(__file__).parents[2]
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
+# Not what gRPC was told in this process: the command has its own idea of how much it may say.
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "GRPC_VERBOSITY"}
+ENVIRONMENT["PYTHONPATH"] = str(ROOT)
 
 
 @pytest.fixture(scope="module")
