@@ -1,0 +1,129 @@
+"""How much memory a trainer needs for models of growing size.
+
+For each size a fresh process builds a model under `Job.init()`, trains two steps and commits; its resident
+memory is compared with the model's bytes, and the parameters that were whole at once with the largest
+submodule.
+"""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import trainer
+from benchmarks import report
+from ps import LocalCluster
+
+WIDTH = 2048
+"""One layer has WIDTH x WIDTH elements in fp32: 16 MiB."""
+
+MIB = 1 << 20
+
+
+class Deep(nn.Module):
+    """Equal layers, each a small part of the model."""
+
+    def __init__(self, layers: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(layers))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return x
+
+
+def run(quick: bool) -> list[report.Row]:
+    sizes = (8, 24) if quick else (8, 16, 32, 64)
+    found = []
+    for layers in sizes:
+        with LocalCluster(servers=2) as cluster:
+            found.append(_in_a_process(cluster.addresses, layers))
+    rows = []
+    for layers, figures in zip(sizes, found, strict=True):
+        case: dict[str, str | int | float] = {"layers": layers, "model_mib": figures["model"] // MIB}
+        beyond, live = figures["beyond"], figures["live"]
+        rows += [
+            report.Row("peak of a trainer", beyond / MIB, "MiB", "the model", beyond / figures["model"], case=case),
+            report.Row(
+                "parameters whole at once",
+                live / MIB,
+                "MiB",
+                "the largest submodule",
+                live / figures["largest"],
+                at_most=3,
+                case=case,
+            ),
+        ]
+    growth = found[-1]["beyond"] - found[0]["beyond"]
+    rows.append(
+        report.Row(
+            "growth of the peak",
+            growth / MIB,
+            "MiB",
+            "the growth of the model",
+            growth / (found[-1]["model"] - found[0]["model"]),
+            at_most=1 / 8,
+            case={"layers": f"{sizes[0]} to {sizes[-1]}"},
+        )
+    )
+    return rows
+
+
+def _in_a_process(addresses: list[str], layers: int) -> dict[str, int]:
+    call = [sys.executable, "-m", __spec__.name, "--train", json.dumps([addresses, layers])]
+    finished = subprocess.run(call, check=True, stdout=subprocess.PIPE, text=True)
+    return {name: int(value) for name, value in json.loads(finished.stdout).items()}
+
+
+def _train(addresses: list[str], layers: int) -> dict[str, int]:
+    """Bytes: of the model, of its largest submodule, of this process's peak beyond what it was before, and
+    of the parameters that were whole at once, seen from within each layer's forward and backward."""
+    torch.set_num_threads(1)
+    with trainer.connect(addresses, job="memory") as job:
+        # What torch allocates once, for any model, is not the model's.
+        nn.Linear(WIDTH, 8)(torch.randn(4, WIDTH)).sum().backward()
+        before = _peak_resident_bytes()
+        with job.init():
+            model = Deep(layers)
+        trainer.offload(model, job)
+        optimizer = trainer.RemoteOptimizer(model.parameters(), torch.optim.SGD, lr=0.1)
+        live: list[int] = []
+
+        def look(*_: object) -> None:
+            live.append(sum(param.untyped_storage().nbytes() for param in model.parameters()))
+
+        for layer in model.layers:
+            layer.register_forward_pre_hook(look)
+        for param in model.parameters():
+            param.register_hook(look)  # type: ignore[no-untyped-call]
+        for _ in range(2):
+            model(torch.randn(4, WIDTH)).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        job.commit()
+        layer_bytes = WIDTH * WIDTH * 4
+        return {
+            "model": layers * layer_bytes,
+            "largest": layer_bytes,
+            "beyond": _peak_resident_bytes() - before,
+            "live": max(live),
+        }
+
+
+def _peak_resident_bytes() -> int:
+    """Of this process since its program began; `ru_maxrss` includes the parent's before that."""
+    found = re.search(r"^VmHWM:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
+    assert found is not None
+    return int(found[1]) * 1024
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--train"]:
+        print(json.dumps(_train(*json.loads(sys.argv[2]))))
+        sys.exit()
+    sys.exit(report.main(__doc__, run))

@@ -1,0 +1,110 @@
+"""What measurements have in common: their rows, the table on screen, the JSON on disk, the flags."""
+
+import argparse
+import json
+import os
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+
+@dataclass(frozen=True)
+class Row:
+    """One figure.
+
+    value, unit: what was measured.
+    against: what it is compared with, in words.
+    ratio: value divided by that.
+    at_most, at_least: the bar for the ratio, where there is one; not both.
+    case: what else identifies the figure, as the size of a model.
+    """
+
+    name: str
+    value: float
+    unit: str
+    against: str | None = None
+    ratio: float | None = None
+    at_most: float | None = None
+    at_least: float | None = None
+    case: dict[str, str | int | float] = field(default_factory=dict)
+
+    @property
+    def bar(self) -> str | None:
+        if self.at_most is not None:
+            return f"<= {self.at_most:g}"
+        return None if self.at_least is None else f">= {self.at_least:g}"
+
+    @property
+    def holds(self) -> bool | None:
+        """Whether the ratio is on the right side of the bar; None where there is no bar."""
+        if self.bar is None or self.ratio is None:
+            return None
+        return (self.at_most is None or self.ratio <= self.at_most) and (
+            self.at_least is None or self.ratio >= self.at_least
+        )
+
+    def as_json(self) -> dict[str, object]:
+        return {
+            "name": self.name,
+            **self.case,
+            "value": self.value,
+            "unit": self.unit,
+            "against": self.against,
+            "ratio": self.ratio,
+            "bar": self.bar,
+            "holds": self.holds,
+        }
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows as text in columns."""
+    header = ("name", "case", "value", "unit", "ratio", "against", "bar", "holds")
+    lines = [header] + [
+        (
+            row.name,
+            ", ".join(f"{key} {value}" for key, value in row.case.items()),
+            f"{row.value:.4g}",
+            row.unit,
+            "" if row.ratio is None else f"{row.ratio:.3g}",
+            row.against or "",
+            row.bar or "",
+            "" if row.holds is None else ("yes" if row.holds else "NO"),
+        )
+        for row in rows
+    ]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+    )
+
+
+def machine() -> dict[str, str | int]:
+    """What the figures were measured on."""
+    return {
+        "cores": len(os.sched_getaffinity(0)),
+        "architecture": platform.machine(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def main(description: str | None, run: Callable[[bool], list[Row]], *, shown: bool = False) -> int:
+    """The command line of a measurement; exit status 1 when a bar does not hold.
+
+    run: takes whether to be quick and returns the rows.
+    shown: whether it has printed its table already.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--quick", action="store_true", help="fewer and smaller cases, under a minute")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows to FILE")
+    arguments = parser.parse_args()
+    rows = run(arguments.quick)
+    if not shown:
+        print(table(rows))
+    if arguments.json is not None:
+        content = {"machine": machine(), "rows": [row.as_json() for row in rows]}
+        arguments.json.write_text(json.dumps(content, indent=2) + "\n")
+    return 1 if any(row.holds is False for row in rows) else 0
