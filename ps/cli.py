@@ -7,7 +7,8 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+
+from ps.arguments import ArgumentParser
 
 _DESCRIPTION = "ZeRO-3 parameter offload: parameter servers keep the model, trainers compute with it."
 
@@ -35,15 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     raise AssertionError(options.command)
 
 
-class _Parser(argparse.ArgumentParser):
-    """Says in one line what is wrong, without the usage before it."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="zero-ps", description=_DESCRIPTION)
+    parser = ArgumentParser(prog="zero-ps", description=_DESCRIPTION)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     serve = commands.add_parser(

@@ -14,8 +14,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, NoReturn
+from typing import IO
 
+from ps.arguments import ArgumentParser
 from ps.cluster import LocalCluster
 from ps.demo_folder import DemoError, Paths, claimed
 from ps.demo_report import conclude, server_status
@@ -58,15 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-class _Parser(argparse.ArgumentParser):
-    """Says in one line what is wrong, without the usage before it, as the other commands do."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = ArgumentParser(
         prog="zero-ps demo",
         description="Trains a byte-level GPT with parameter servers and trainers on this machine. Run again, it "
         "goes on from the last commit.",

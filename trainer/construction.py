@@ -78,7 +78,10 @@ class Construction:
             return
         state = OffloadedParameter(param, f"{type(module).__name__}.{name}", self)
         grid = ChunkGrid.of(state.shape)
-        dtypes.from_torch(state.dtype)
+        try:
+            dtypes.from_torch(state.dtype)
+        except ValueError as error:
+            raise ConfigError(f"parameter {name!r} of a {type(module).__name__}: {error}") from None
         state.remote = RemoteParameter(
             index=self._count,
             name=state.name,

@@ -39,7 +39,7 @@ def gathered(params: nn.Module | torch.Tensor | Iterable[torch.Tensor], *, modif
             state.activate()
             # A loss may be computed here, and its backward may come after.
             model.gradients.watch(state)
-    before = {state: (state.edition[0], _fingerprint(state)) for state in states}
+    before = {state: (state.version, state.edition[0], _fingerprint(state)) for state in states}
     completed = False
     hooks_saved = not torch.is_inference_mode_enabled() and saved.push_hooks(always=True)
     try:
@@ -48,7 +48,12 @@ def gathered(params: nn.Module | torch.Tensor | Iterable[torch.Tensor], *, modif
     finally:
         if hooks_saved:
             saved.pop_hooks()
-        changed = [state for state in states if _fingerprint(state) != _expected(state, *before[state])]
+        # What a step inside the context made anew is not an edit.
+        changed = [
+            state
+            for state in states
+            if state.version == before[state][0] and _fingerprint(state) != _expected(state, *before[state][1:])
+        ]
         kept: list[OffloadedParameter] = []
         try:
             if modify and completed:

@@ -17,10 +17,12 @@ from trainer.coordinator import Coordinator
 from trainer.errors import ConfigError, ReleasedParameterError
 from trainer.job import Job
 from trainer.links import PushKind
-from trainer.memory import MemoryPool, empty_of
+from trainer.memory import MemoryPool, empty_of, trim_heap
 from trainer.parameter import OffloadedParameter
 from trainer.released import CONVERSIONS, METADATA, SET_DATA
 from trainer.server import call_all
+
+_TRIM_BYTES = 64 << 20
 
 
 class RemoteGradient(torch.Tensor):
@@ -64,6 +66,7 @@ class Gradients:
         self._memory = memory
         self._coordinator = coordinator
         self._sent: dict[OffloadedParameter, None] = {}
+        self._since_trim = 0
 
     def watch(self, state: OffloadedParameter) -> None:
         """Has the parameter's gradient sent as soon as it is whole; for what is trained."""
@@ -115,11 +118,22 @@ class Gradients:
         )
         state.contributions += 1
         self._sent[state] = None
+        if gradient.device.type == "cpu":
+            self._trim(nbytes)
+
+    def _trim(self, nbytes: int) -> None:
+        """Every `_TRIM_BYTES` of gradients: their blocks leave holes in malloc's heap that gRPC's messages
+        settle in, so that without this the process grows towards the size of the model."""
+        self._since_trim += nbytes
+        if self._since_trim >= _TRIM_BYTES:
+            self._since_trim = 0
+            trim_heap()
 
     def drop(self, states: Iterable[OffloadedParameter]) -> None:
         """Has the servers forget this trainer's gradients of some parameters."""
         dropped = [state for state in states if state in self._sent]
-        if not dropped:
+        # After `clip_grad_norm_` also where nothing was sent: servers have to know that this rank begins anew.
+        if not dropped and not self.scales:
             return
         self._job.check()
         self._job.transfer.flush()

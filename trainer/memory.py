@@ -76,7 +76,8 @@ class MemoryPool:
 
     def empty(self, storage: torch.UntypedStorage) -> None:
         """Takes a storage's memory back, which may have come from elsewhere."""
-        if storage.nbytes() < _SMALL_BYTES or storage.device.type != "cpu" or storage.resizable():
+        # What NumPy has shared is not resizable either, of any size.
+        if storage.device.type != "cpu" or storage.resizable():
             storage.resize_(0)
             return
         block = self._shells.pop() if self._shells else torch.empty(0).untyped_storage()

@@ -27,6 +27,7 @@ from trainer.writing import write_values
 
 _ATTRIBUTE = "_zero_ps_model"
 _NO_BACKWARD = -1
+_DDP_IGNORES = "_ddp_params_and_buffers_to_ignore"
 
 
 def offload(
@@ -76,7 +77,7 @@ def remove(model: nn.Module) -> nn.Module:
     if offloaded_model is None:
         raise ConfigError("this model is not offloaded")
     offloaded_model.remove()
-    del model.__dict__[_ATTRIBUTE]
+    del model.__dict__[_ATTRIBUTE], model.__dict__[_DDP_IGNORES]
     return model
 
 
@@ -118,6 +119,9 @@ class OffloadedModel:
         self._choose_persistent()
         self._read_buffers()
         self.units = [Unit(module, name, self, leaf) for name, module, leaf in units]
+        # DistributedDataParallel reads parameters below Python, where nothing gathers them; asked to ignore
+        # them it says that it has nothing to do.
+        model.__dict__[_DDP_IGNORES] = [state.name for state in self.states]
         job.model = self
 
     def __deepcopy__(self, memo: object) -> "OffloadedModel":

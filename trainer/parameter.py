@@ -183,7 +183,7 @@ class OffloadedParameter:
         self.owner.converting(self)
         with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
             param = self.param
-            param.data = empty.as_subclass(torch.Tensor)
+            param.data = torch.Tensor.as_subclass(empty, torch.Tensor)
         self.guarded_aliases = 0
         self.adopt_storage()
         self.version = NOT_HERE

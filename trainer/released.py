@@ -90,6 +90,12 @@ class Released:
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
 
+    def as_subclass(self, cls: type) -> Any:
+        """torch does not ask before it makes an alias here."""
+        if not self._zero_ps.active:
+            self._zero_ps.owner.touch([self._zero_ps], torch.Tensor.as_subclass)
+        return torch.Tensor.as_subclass(self, cls)  # type: ignore[arg-type]
+
     def __repr__(self, *, tensor_contents: object = None) -> str:
         state = self._zero_ps
         if state.active:

@@ -1,7 +1,7 @@
 """What trainer processes of the tests do (see `tests.ranks`)."""
 
 import os
-import resource
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -62,6 +62,14 @@ def wrong_world_size(addresses: list[str], job: str, sizes: list[int]) -> str:
         return str(error)
 
 
+def peak_rss_bytes() -> int:
+    """The most resident memory that this process has had. Not `ru_maxrss`, which begins at the parent's."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError("no VmHWM")
+
+
 def live_bytes(model: nn.Module) -> int:
     """Bytes of parameters that are here."""
     return sum(param.untyped_storage().nbytes() for param in model.parameters())
@@ -86,21 +94,22 @@ def peak_memory(addresses: list[str], job: str, layers: int, width: int) -> dict
         # Whatever torch allocates once, for any model, is not the model's.
         small = nn.Linear(8, 8)
         small(torch.randn(2, 8)).sum().backward()
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        before = peak_rss_bytes()
         with connection.init():
             model = Deep(layers, width)
         trainer.offload(model, connection)
         optimizer = trainer.RemoteOptimizer(model.parameters(), torch.optim.SGD, lr=0.1)
         live: list[int] = []
         for layer in model.layers:
-            layer.register_forward_hook(lambda *_: live.append(live_bytes(model)))
-            layer.register_full_backward_hook(lambda *_: live.append(live_bytes(model)))
+            # Where the layer is whole: after the hooks of the package, and before the gradient is sent.
+            layer.register_forward_pre_hook(lambda *_: live.append(live_bytes(model)))
+            layer.weight.register_hook(lambda *_: live.append(live_bytes(model)))
         for _ in range(2):
             model(torch.randn(4, width)).sum().backward()
             optimizer.step()
             optimizer.zero_grad()
         connection.commit()
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        peak = peak_rss_bytes()
         return {
             "model": sum(param.numel() * 4 for param in model.parameters()),
             "largest": width * width * 4,

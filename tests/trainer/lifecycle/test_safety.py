@@ -256,3 +256,43 @@ def test_released_parameters_that_were_converted_have_no_values(cluster: LocalCl
             with pytest.raises(trainer.ReleasedParameterError, match=r"converted to torch\.float64: it has no values"):
                 converted["layers.0.weight"].clone()
             model.state_dict()["layers.0.weight"].double().clone()
+
+
+def test_numpy_may_share_a_gathered_parameter(cluster: LocalCluster, job_name: str) -> None:
+    with trainer.connect(cluster.addresses, job=job_name) as job:
+        model = trainer.offload(Mlp(), job, NOTHING_STAYS)
+        for _ in range(2):
+            with trainer.gathered(model):
+                total = sum(float(p.detach().numpy().sum()) for p in model.parameters())
+            assert total == pytest.approx(float(sum(v.sum() for v in gathered_values(model).values())), abs=1e-4)
+        nothing_gathered(model)
+
+
+def test_a_step_inside_gathered_is_no_edit(cluster: LocalCluster, job_name: str) -> None:
+    with trainer.connect(cluster.addresses, job=job_name) as job:
+        model = trainer.offload(Mlp(), job, NOTHING_STAYS)
+        optimizer = trainer.RemoteOptimizer(model.parameters(), torch.optim.SGD, lr=0.1)
+        with trainer.gathered(model):
+            for _ in range(2):
+                model(torch.randn(2, 5)).sum().backward()
+                step(optimizer)
+            model(torch.randn(2, 5))
+        nothing_gathered(model)
+
+
+def test_what_torch_reads_below_python_is_refused_where_it_can_be(cluster: LocalCluster, job_name: str) -> None:
+    with trainer.connect(cluster.addresses, job=job_name) as job:
+        model = trainer.offload(Mlp(), job, NOTHING_STAYS)
+        weight = model.layers[0].weight
+        with pytest.raises(trainer.ReleasedParameterError):
+            weight.as_subclass(torch.Tensor)
+        for use in (weight.numpy, weight.tolist, weight.item):
+            with pytest.raises(trainer.ReleasedParameterError):
+                use()
+        assert set(model._ddp_params_and_buffers_to_ignore) == {name for name, _ in model.named_parameters()}
+
+
+def test_dtypes_that_cannot_be_stored_are_refused_while_a_model_is_built(cluster: LocalCluster, job_name: str) -> None:
+    refused = pytest.raises(trainer.ConfigError, match="parameter 'weight' of a Linear: .*complex64")
+    with trainer.connect(cluster.addresses, job=job_name) as job, refused, job.init():
+        nn.Linear(2, 2, dtype=torch.complex64)
