@@ -15,12 +15,12 @@ def test_peak_memory_is_near_that_of_the_largest_submodule(cluster: LocalCluster
             layers=layers,
             width=2048,
         )[0]
-        for layers in (8, 40)
+        for layers in (16, 48)
     )
-    assert large["model"] == 40 * large["largest"]
+    assert large["model"] == 48 * large["largest"]
     # What a trainer takes beyond its modules (gradients on their way, gRPC's buffers, holes in malloc's
     # heap) does not depend on the model; its layers are 16 MiB each.
-    assert large["beyond"] - small["beyond"] < (large["model"] - small["model"]) / 8
+    assert large["beyond"] - small["beyond"] < (large["model"] - small["model"]) / 6
     assert large["beyond"] < large["model"]
-    # One layer is whole at a time: the model is 40 times as large as what the trainer holds.
+    # One layer is whole at a time: the model is 48 times as large as what the trainer holds.
     assert large["live"] == large["largest"]
