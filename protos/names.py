@@ -1,8 +1,9 @@
-"""Which names a job and a parameter may have: they become folder names on every server."""
+"""Which names a job and a parameter may have, which become folder names on every server, and which ids."""
 
 import re
 
 _JOB = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
+_ID = re.compile(r"[0-9a-f]{1,64}")
 _PARAMETER = re.compile(r"[A-Za-z0-9_][^/\\\x00-\x1f\x7f]{0,199}")
 
 
@@ -25,3 +26,9 @@ def check_parameter_name(name: str) -> None:
             f"parameter name {name!r} cannot be stored: it has to begin with a letter, a digit or one "
             "underscore, and have neither slashes nor control characters and at most 200 characters"
         )
+
+
+def check_id(text: str) -> None:
+    """Raises ValueError unless `text` can be the id of a commit or a restore: 1 to 64 of [0-9a-f]."""
+    if not _ID.fullmatch(text):
+        raise ValueError(f"id {text[:80]!r} is not valid: use 1 to 64 of the characters 0-9 and a-f")

@@ -2,45 +2,49 @@
 
 import logging
 
-from ps.errors import Conflict, VersionGone
+from ps.errors import Conflict, InvalidRequest, VersionGone
 from ps.generations import check_metadata
 from ps.job import Job
 from ps.monitor import Patience
 from ps.opening import reserve
 from ps.sessions import Session
-from ps.store import Written
+from ps.shard import Shard
+from ps.store import CommitKey, Written
 
 _log = logging.getLogger(__name__)
 
 
-def restore(job: Job, session: Session, step: int, patience: Patience) -> str:
-    """Loads a generation in place of whatever is in memory; returns its metadata. Raises NotFound.
+def restore(job: Job, session: Session, key: CommitKey, restore_id: str, patience: Patience) -> str:
+    """Loads a generation in place of whatever is in memory; returns its metadata. On disk nothing changes.
 
-    Raises Conflict for a read-only session while there is something that others may need: trainers, or a
-    state from which training can go on.
+    restore_id: the same on all servers that are brought to this state together.
+
+    Raises NotFound. Raises Conflict for a read-only session while there is something that others may need:
+    trainers, or a state from which training can go on.
     """
     session.check()
     if job.shard is not None:
         job.wait_at_rest(job.shard, session, patience)
     with job.shard_lock:
+        shard = job.shard
+        if shard is not None and (shard.generation != key or shard.failure is not None):
+            shard = None
         if session.read_only:
-            if not _holds(job, step):
-                _check_unused(job, step)
-                _load(job, step, 0)
-            return job.open_shard().metadata
-        if not _holds(job, step):
-            _load(job, step, session.world_size)
+            if shard is not None:
+                # Memory is what the generation is. It stays of the restore that trainers know it by.
+                return shard.metadata
+            _check_unused(job, key.step)
+        if shard is None:
+            shard = _load(job, session, key)
         with job.monitor:
+            # A newer trainer may have found the job without state meanwhile; then that is how it stays.
             session.check()
+            job.shard = shard
+            shard.restore_id = restore_id
             job.steps.reset()
             job.monitor.changed()
-        _log.info("job %r: restored step %d", job.name, step)
-        return job.open_shard().metadata
-
-
-def _holds(job: Job, step: int) -> bool:
-    """Whether memory is what the generation is."""
-    return job.shard is not None and job.shard.generation == step and job.shard.failure is None
+        _log.info("job %r: restored %s", job.name, key)
+        return shard.metadata
 
 
 def _check_unused(job: Job, step: int) -> None:
@@ -56,22 +60,35 @@ def _check_unused(job: Job, step: int) -> None:
         )
 
 
-def _load(job: Job, step: int, world_size: int) -> None:
-    loaded = job.generations.empty_shard(step)
-    reserve(job, loaded, world_size, 0.0)
+def _load(job: Job, session: Session, key: CommitKey) -> Shard:
+    loaded = job.generations.empty_shard(key)
+    reserve(job, loaded, 0 if session.read_only else session.world_size, 0.0)
     # The old state leaves first: memory need not hold both.
     with job.monitor:
+        session.check()
         job.shard = None
         job.monitor.changed()
-    job.generations.read_into(loaded, step)
-    job.shard = loaded
+    job.generations.read_into(loaded, key)
+    return loaded
 
 
-def commit(job: Job, session: Session, step: int, metadata: str, complete_step: int, patience: Patience) -> Written:
-    """Writes a generation once every chunk is at `step`. Committing a step again changes nothing.
+def commit(
+    job: Job,
+    session: Session,
+    key: CommitKey,
+    metadata: str,
+    complete: CommitKey | None,
+    renew: bool,
+    patience: Patience,
+) -> Written:
+    """Writes a generation once every chunk is at the key's step. What is committed already stays as it is.
 
-    metadata: a JSON object or "". complete_step: a step that every server is known to have committed.
+    metadata: a JSON object or "". complete: a commit that every server is known to have. renew: write under
+    this key also what is committed already.
     """
+    step = key.step
+    if complete is not None and complete.step > step:
+        raise InvalidRequest(f"a commit of step {step} cannot follow one of step {complete.step}")
     check_metadata(metadata)
     job.steps.of(session)
     shard = job.open_shard()
@@ -88,6 +105,6 @@ def commit(job: Job, session: Session, step: int, metadata: str, complete_step: 
         if any(chunk.version != step for chunk in shard) or shard.updated_step != step:
             raise VersionGone(f"step {step} of job {job.name!r} is gone: updates to step {shard.step} have begun")
         shard.check_weights()
-        written = job.generations.write(shard, step, metadata, complete_step)
-    _log.info("job %r: committed step %d, %d bytes", job.name, step, written.bytes_written)
+        written = job.generations.write(shard, key, metadata, complete, renew)
+    _log.info("job %r: committed %s, %d bytes", job.name, written.key, written.bytes_written)
     return written

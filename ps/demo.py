@@ -125,10 +125,9 @@ def _started(servers: int, paths: Paths) -> Iterator[tuple[LocalCluster, int]]:
 def _committed_step(data_dirs: Sequence[Path]) -> int:
     """The newest step that every server has a generation of; 0 without one."""
     committed = [
-        set(JobStore(Path(folder), JOB, shard, len(data_dirs)).committed_steps())
-        for shard, folder in enumerate(data_dirs)
+        set(JobStore(Path(folder), JOB, shard, len(data_dirs)).committed()) for shard, folder in enumerate(data_dirs)
     ]
-    return max(set.intersection(*committed), default=0)
+    return max((key.step for key in set.intersection(*committed)), default=0)
 
 
 def _train(demo: Demo, paths: Paths, addresses: Sequence[str], steps: int) -> int:

@@ -1,17 +1,19 @@
 """From memory to generations on disk and back."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 
 from protos import MAX_METADATA_BYTES
 from ps.chunk import Chunk
-from ps.errors import InvalidRequest, NotFound, StorageFailed
+from ps.errors import Conflict, InvalidRequest, NotFound, StorageFailed
 from ps.optimizer import ChunkOptimizer
 from ps.shard import Shard
 from ps.store import (
     ChunkState,
+    CommitKey,
     GenerationHeader,
     GenerationMissingError,
     JobStore,
@@ -33,63 +35,70 @@ class Generations:
 
     def steps(self) -> list[int]:
         """Ascending. Raises StorageFailed."""
-        try:
+        with _storage_errors():
             return self._store.committed_steps()
-        except StoreError as error:
-            raise StorageFailed(str(error)) from error
 
-    def empty_shard(self, step: int) -> Shard:
+    def committed(self) -> list[CommitKey]:
+        """See `JobStore.committed`. Raises StorageFailed."""
+        with _storage_errors():
+            return self._store.committed()
+
+    def empty_shard(self, key: CommitKey) -> Shard:
         """The shard of a generation before its chunks are read. Raises NotFound and StorageFailed."""
-        try:
-            header = self._store.read_header(step)
-        except GenerationMissingError as error:
-            raise NotFound(str(error)) from error
-        except StoreError as error:
-            raise StorageFailed(str(error)) from error
-        shard = Shard(self._index, self._num_shards, header.manifest, step)
+        with _storage_errors():
+            header = self._store.read_header(key.step, key.commit_id)
+        shard = Shard(self._index, self._num_shards, header.manifest, key.step)
         shard.spec = header.optimizer
         shard.metadata = header.metadata
-        shard.generation = step
+        shard.generation = key
         return shard
 
-    def read_into(self, shard: Shard, step: int) -> None:
+    def read_into(self, shard: Shard, key: CommitKey) -> None:
         """Fills the chunks of a shard that `empty_shard` made. Raises StorageFailed."""
-        try:
-            for state in self._store.read_chunks(step):
+        with _storage_errors():
+            for state in self._store.read_chunks(key.step, key.commit_id):
                 chunk = shard.find(state.parameter, state.chunk)
                 chunk.write(state.weight, adopt=True)
                 chunk.state = dict(state.state)
-        except StoreError as error:
-            raise StorageFailed(str(error)) from error
         shard.check_weights()
 
-    def write(self, shard: Shard, step: int, metadata: str, complete_step: int) -> Written:
-        """Writes a shard that is at rest at `step`, and deletes what is not kept. Raises StorageFailed.
+    def write(self, shard: Shard, key: CommitKey, metadata: str, complete: CommitKey | None, renew: bool) -> Written:
+        """Writes a shard that is at rest at the key's step, and deletes what is superseded.
 
-        A generation that the shard has not changed since it was written or read is left as it is, with
-        its metadata.
-        complete_step: a step that every server is known to have committed.
+        Unless `renew`, a generation that the shard has not changed since it was written or read is left as
+        it is, with its own commit_id and metadata.
+
+        complete: a commit that every server is known to have.
+        Raises StorageFailed, and Conflict for a key that other content has already.
         """
-        try:
-            if shard.generation != step:
-                # What is there from here on is of a run that was abandoned for an earlier step.
-                self._store.discard_after(step - 1)
-                shard.metadata = metadata
-            written = self._write(shard, step, shard.metadata)
-            shard.generation = step
-            self._store.prune(keep=self._keep, complete_step=complete_step)
-        except StoreError as error:
-            raise StorageFailed(str(error)) from error
-        return written
+        with _storage_errors():
+            committed = self._store.committed()
+            present = shard.generation
+            if present in committed and present is not None and (present == key or not renew):
+                self._prune(complete, present)
+                return self._write(shard, present, shard.metadata)
+            if key in committed:
+                raise Conflict(f"{key} of job {self._job!r} exists already; choose a new id for each commit")
+            written = self._write(shard, key, metadata)
+            shard.generation, shard.metadata = key, metadata
+            # What is newer is of a run that was abandoned for an earlier step. Only now, since until the
+            # new generation was there a crash could still have gone back to it.
+            self._store.discard_after(key.step)
+            self._prune(complete, key)
+            return written
 
-    def _write(self, shard: Shard, step: int, metadata: str) -> Written:
+    def _prune(self, complete: CommitKey | None, current: CommitKey) -> None:
+        if complete is not None:
+            self._store.prune(keep=self._keep, complete=complete, current=current)
+
+    def _write(self, shard: Shard, key: CommitKey, metadata: str) -> Written:
         spec = shard.stated_optimizer()
         arrays: Mapping[str, StateArray] = {}
         if shard.optimizer is not None:
             arrays = shard.optimizer.arrays
         elif spec is not None:
             arrays = ChunkOptimizer(spec, len(shard.manifest)).arrays
-        header = GenerationHeader(self._job, step, self._index, self._num_shards, shard.manifest, spec, metadata)
+        header = GenerationHeader(self._job, key, self._index, self._num_shards, shard.manifest, spec, metadata)
 
         def kept(chunk: Chunk) -> dict[str, torch.Tensor]:
             # What options of long ago left behind (momentum that was switched off) is not described.
@@ -101,6 +110,17 @@ class Generations:
             if chunk.weight is not None
         )
         return self._store.write(header, chunks, arrays)
+
+
+@contextmanager
+def _storage_errors() -> Iterator[None]:
+    """Turns the store's errors into the server's."""
+    try:
+        yield
+    except GenerationMissingError as error:
+        raise NotFound(str(error)) from error
+    except StoreError as error:
+        raise StorageFailed(str(error)) from error
 
 
 def check_metadata(metadata: str) -> None:

@@ -21,7 +21,7 @@ from ps.push import answer_pushes
 from ps.sessions import Session
 from ps.statuses import as_server_error, status_code, status_message
 from ps.traffic import Traffic
-from ps.wire import decode_manifest, decode_optimizer, decode_step, encode_opened_job
+from ps.wire import decode_id, decode_key, decode_manifest, decode_optimizer, decode_step, encode_opened_job
 
 Request = TypeVar("Request")
 Response = TypeVar("Response")
@@ -111,8 +111,11 @@ class ParameterServer(zero_ps_pb2_grpc.ParameterServerServicer):
             session_id=session.id,
             lease_seconds=session.lease_seconds,
             step=job.usable_step,
-            committed_steps=job.generations.steps(),
+            committed=[
+                pb.CommittedGeneration(step=key.step, commit_id=key.commit_id) for key in job.generations.committed()
+            ],
             metadata="" if shard is None else shard.metadata,
+            restore_id="" if shard is None else shard.restore_id,
         )
 
     @_call
@@ -137,7 +140,8 @@ class ParameterServer(zero_ps_pb2_grpc.ParameterServerServicer):
     @_call
     def Restore(self, request: pb.RestoreRequest, context: grpc.ServicerContext) -> pb.RestoreResponse:
         job, session = self._jobs.find(request.session_id)
-        return pb.RestoreResponse(metadata=restore(job, session, request.step, self._update_wait(context)))
+        key, restore_id = decode_key(request.step, request.commit_id), decode_id(request.restore_id)
+        return pb.RestoreResponse(metadata=restore(job, session, key, restore_id, self._update_wait(context)))
 
     @_call
     def OpenJob(self, request: pb.OpenJobRequest, context: grpc.ServicerContext) -> pb.OpenJobResponse:
@@ -194,8 +198,14 @@ class ParameterServer(zero_ps_pb2_grpc.ParameterServerServicer):
     def Commit(self, request: pb.CommitRequest, context: grpc.ServicerContext) -> pb.CommitResponse:
         job, session = self._jobs.find(request.session_id)
         patience = _patience(request.timeout_seconds, context)
-        written = commit(job, session, request.step, request.metadata, request.complete_step, patience)
-        return pb.CommitResponse(path=str(written.path), bytes_written=written.bytes_written)
+        key = decode_key(request.step, request.commit_id)
+        complete = None
+        if request.HasField("complete"):
+            complete = decode_key(request.complete.step, request.complete.commit_id)
+        written = commit(job, session, key, request.metadata, complete, request.renew, patience)
+        return pb.CommitResponse(
+            path=str(written.path), bytes_written=written.bytes_written, commit_id=written.key.commit_id
+        )
 
     @staticmethod
     def _update_wait(context: grpc.ServicerContext) -> Patience:

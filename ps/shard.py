@@ -8,7 +8,7 @@ from protos.layout import ChunkGrid, digest, place_all
 from ps.chunk import Chunk
 from ps.errors import Conflict, InvalidRequest
 from ps.optimizer import ChunkOptimizer
-from ps.store import OptimizerGroup, OptimizerSpec, StoredParameter
+from ps.store import CommitKey, OptimizerGroup, OptimizerSpec, StoredParameter
 
 
 class Shard:
@@ -19,7 +19,8 @@ class Shard:
     failure, failed_at: why a step failed, and when on the monotonic clock. The state is of no use then.
     spec: the optimizer as stated, or as a generation has it.
     metadata: what the trainer gave to the last commit.
-    generation: the step of the generation that memory is equal to, or None.
+    generation: the commit whose generation memory is equal to, or None.
+    restore_id: of the restore that the state stems from, or "".
     """
 
     def __init__(self, index: int, num_shards: int, manifest: Sequence[StoredParameter], step: int = 0) -> None:
@@ -33,7 +34,8 @@ class Shard:
         self.spec: OptimizerSpec | None = None
         self.optimizer: ChunkOptimizer | None = None
         self.metadata = ""
-        self.generation: int | None = None
+        self.generation: CommitKey | None = None
+        self.restore_id = ""
         self._placement = place_all((p.shape for p in self.manifest), num_shards)
         self.placement_digest = digest(self._placement)
         self._chunks: dict[tuple[int, int], Chunk] = {}

@@ -8,14 +8,14 @@ import torch
 from protos import MAX_MANIFEST_PARAMETERS, dtypes
 from protos import zero_ps_pb2 as pb
 from protos.layout import ChunkGrid
-from protos.names import check_parameter_name
+from protos.names import check_id, check_parameter_name
 from protos.values import decode_options
 from ps.chunk import Chunk
 from ps.errors import InvalidRequest
 from ps.opening import OpenedJob
 from ps.shard import Shard
 from ps.steps import StepWish
-from ps.store import OptimizerGroup, OptimizerSpec, StoredParameter
+from ps.store import CommitKey, OptimizerGroup, OptimizerSpec, StoredParameter
 
 _MAX_DIMENSIONS = 64
 _MAX_ELEMENTS = 1 << 48
@@ -104,6 +104,20 @@ def decode_step(request: pb.StepRequest) -> StepWish:
         tuple(decode_options(group.options) for group in request.groups),
         tuple((tuple(scale.parameters), scale.scale) for scale in request.scales),
     )
+
+
+def decode_key(step: int, commit_id: str) -> CommitKey:
+    """Raises InvalidRequest for an id that is none."""
+    return CommitKey(step, decode_id(commit_id))
+
+
+def decode_id(text: str) -> str:
+    """Raises InvalidRequest unless this can be the id of a commit or a restore."""
+    try:
+        check_id(text)
+    except ValueError as error:
+        raise InvalidRequest(str(error)) from error
+    return text
 
 
 def decode_chunks(shard: Shard, references: Iterable[pb.ChunkRef]) -> list[Chunk]:

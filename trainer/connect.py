@@ -9,7 +9,7 @@ from typing import Any
 from protos import names
 from protos import zero_ps_pb2 as pb
 from trainer.errors import ConfigError, ConnectError
-from trainer.job import Job
+from trainer.job import Job, new_id
 from trainer.links import GrpcLink
 from trainer.server import Server, call_all, find_servers
 from trainer.session import Session
@@ -31,7 +31,7 @@ def connect(
     """Joins a job on a set of parameter servers.
 
     A job that has state goes on where it is: from the servers' memory when all of them have it at the
-    same step, else from the newest generation that every server has. `Job.step` says where that is.
+    same step, else from the newest commit that every server has. `Job.step` says where that is.
     With several trainers every rank calls this; it returns when all have.
 
     servers: "host:port,host:port" or a list; every server of the set, in any order.
@@ -77,6 +77,7 @@ def connect(
         result.step = resumed["step"]
         result.exists = resumed["exists"]
         result.metadata = resumed["metadata"]
+        result.complete = resumed["complete"] and tuple(resumed["complete"])
         return result
     except BaseException:
         if session is not None:
@@ -102,33 +103,60 @@ def _group(rank: int | None, world_size: int | None) -> tuple[int, int]:
 
 
 def _resume(servers: Sequence[Server], session: Session, job: str, timeout: float) -> dict[str, Any]:
-    """Brings all servers to one step, and says which and whether the job has any state."""
+    """Brings all servers to one state. Says which, whether there is any, and which commit all of them have."""
     states = session.states
+    common = _common_commits(states)
     steps = {state.step for state in states}
-    if len(steps) == 1 and -1 not in steps:
-        return {"step": states[0].step, "exists": True, "metadata": _metadata(states[0].metadata)}
-    common = set.intersection(*(set(state.committed_steps) for state in states))
-    if common:
-        step = max(common)
-        restored = call_all(
-            servers,
-            "Restore",
-            lambda server: pb.RestoreRequest(session_id=server.session_id, step=step),
-            timeout,
-        )
-        return {"step": step, "exists": True, "metadata": _metadata(restored[0].metadata)}
-    if steps == {-1} and not any(state.committed_steps for state in states):
-        return {"step": 0, "exists": False, "metadata": {}}
-    held = "; ".join(
-        f"{server.address} has step {state.step if state.step >= 0 else 'none'} in memory and commits "
-        f"{list(state.committed_steps) or 'none'}"
-        for server, state in zip(servers, states, strict=True)
+    # Memory at one step may still be of different runs, where a restore reached some servers only.
+    if len(steps) == 1 and -1 not in steps and len({state.restore_id for state in states}) == 1:
+        step, metadata = states[0].step, states[0].metadata
+        older = [commit for commit in common if commit[0] <= step]
+        return {"step": step, "exists": True, "metadata": _metadata(metadata), "complete": older[-1] if older else None}
+    if steps == {-1} and not any(state.committed for state in states):
+        return {"step": 0, "exists": False, "metadata": {}, "complete": None}
+    newest = common[-1][0] if common else -1
+    for server, state in zip(servers, states, strict=True):
+        damaged = [commit.step for commit in state.committed if not commit.commit_id]
+        if damaged and damaged[-1] > newest:
+            raise ConnectError(
+                f"server {server.address} cannot read its commit of step {damaged[-1]} of job {job!r}; its log names "
+                "the file. Put it back from a copy, or move the generation's folder away to go on without it"
+            )
+    if not common:
+        raise ConnectError(_nothing_in_common(servers, states, job))
+    step, commit_id = common[-1]
+    restore_id = new_id()
+    restored = call_all(
+        servers,
+        "Restore",
+        lambda server: pb.RestoreRequest(
+            session_id=server.session_id, step=step, commit_id=commit_id, restore_id=restore_id
+        ),
+        timeout,
     )
-    if any(state.committed_steps for state in states):
+    return {"step": step, "exists": True, "metadata": _metadata(restored[0].metadata), "complete": common[-1]}
+
+
+def _common_commits(states: Sequence[pb.OpenSessionResponse]) -> list[tuple[int, str]]:
+    """Step and id of the commits that every server has, the newest last."""
+    first, *others = ([(c.step, c.commit_id) for c in state.committed if c.commit_id] for state in states)
+    return [commit for commit in first if all(commit in other for other in others)]
+
+
+def _nothing_in_common(servers: Sequence[Server], states: Sequence[pb.OpenSessionResponse], job: str) -> str:
+    committed = [sorted({commit.step for commit in state.committed}) for state in states]
+    held = "; ".join(
+        f"{server.address} has step {state.step if state.step >= 0 else 'none'} in memory and commits {steps or 'none'}"
+        for server, state, steps in zip(servers, states, committed, strict=True)
+    )
+    same = sorted(set.intersection(*map(set, committed)))
+    if same:
+        held += f" (their commits of step {same[-1]} are of different runs)"
+    if any(committed):
         remedy = "Bring back the data folder that is missing, or begin anew under another job name"
     else:
         remedy = "Nothing was committed yet: restart the other servers too, and the job begins anew"
-    raise ConnectError(f"the servers have no step of job {job!r} in common: {held}. {remedy}")
+    return f"the servers have no step of job {job!r} in common: {held}. {remedy}"
 
 
 def _metadata(text: str) -> dict[str, Any]:

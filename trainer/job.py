@@ -1,6 +1,7 @@
 """A job as one trainer sees it."""
 
 import json
+import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -55,6 +56,8 @@ class Job:
         self.step = 0
         self.exists = False
         self.metadata: dict[str, object] = {}
+        # Step and id of the newest commit that every server is known to have.
+        self.complete: tuple[int, str] | None = None
         self.stats = Stats()
         self.timeout = timeout
         self.servers = servers
@@ -63,7 +66,6 @@ class Job:
         self.model: OffloadedModel | None = None
         self._session = session
         self._barriers = 0
-        self._complete_step = -1
         self._closed = False
 
     def __repr__(self) -> str:
@@ -103,20 +105,35 @@ class Job:
             return
         self.transfer.flush()
         self.model.write_buffers()
-        call_all(
+        commit_id = new_id()
+        answered = self._commit(commit_id, text, renew=False)
+        if len(answered) > 1:
+            # Some servers' part of the state was committed already, under another id. The generations of a
+            # commit have one id, so those servers write theirs again.
+            answered = self._commit(commit_id, text, renew=True)
+        self.complete = self.step, answered.pop()
+        self.metadata = json.loads(text)
+
+    def _commit(self, commit_id: str, metadata: str, *, renew: bool) -> set[str]:
+        """Has every server commit; the ids under which they have the present state now."""
+        complete = None
+        if self.complete is not None:
+            complete = pb.CommittedGeneration(step=self.complete[0], commit_id=self.complete[1])
+        responses = call_all(
             self.servers,
             "Commit",
             lambda server: pb.CommitRequest(
                 session_id=server.session_id,
                 step=self.step,
-                metadata=text,
-                complete_step=self._complete_step,
+                metadata=metadata,
+                complete=complete,
                 timeout_seconds=self.timeout,
+                commit_id=commit_id,
+                renew=renew,
             ),
             self.timeout + 5,
         )
-        self._complete_step = self.step
-        self.metadata = json.loads(text)
+        return {response.commit_id for response in responses}
 
     def close(self) -> None:
         """Ends the session. The job stays on the servers; what was not committed stays in their memory."""
@@ -161,6 +178,11 @@ class Job:
         )
         response: pb.BarrierResponse = server.call("Barrier", request, timeout + 5)
         return list(response.payloads)
+
+
+def new_id() -> str:
+    """An id for a commit or a restore, which no other one has."""
+    return uuid.uuid4().hex
 
 
 def _as_json(metadata: Mapping[str, object]) -> str:

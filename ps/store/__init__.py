@@ -7,6 +7,7 @@ Importing this package lets zarr-python open arrays of data type `bfloat16`.
 from ps.store.bfloat16 import register_bfloat16
 from ps.store.contents import (
     ChunkState,
+    CommitKey,
     GenerationHeader,
     OptimizerGroup,
     OptimizerSpec,
@@ -29,6 +30,7 @@ register_bfloat16()
 
 __all__ = [
     "ChunkState",
+    "CommitKey",
     "DamagedError",
     "DataDir",
     "DataDirError",

@@ -9,9 +9,11 @@ from collections.abc import Mapping
 import torch
 
 from protos import MAX_MANIFEST_PARAMETERS
+from protos.names import check_id
 from protos.values import Option
 from ps.store.arrays import check_names, dtype_from_name, dtype_name
 from ps.store.contents import (
+    CommitKey,
     GenerationHeader,
     OptimizerGroup,
     OptimizerSpec,
@@ -36,7 +38,8 @@ def encode(header: GenerationHeader, state_arrays: Mapping[str, StateArray]) -> 
         KEY: {
             "format": FORMAT,
             "job": header.job,
-            "step": header.step,
+            "step": header.key.step,
+            "commit_id": header.key.commit_id,
             "num_shards": header.num_shards,
             "metadata": header.metadata,
             "manifest": [
@@ -90,7 +93,7 @@ def decode(document: Fields, shard: int) -> tuple[GenerationHeader, dict[str, St
     num_shards = fields.integer("num_shards", smallest=1)
     header = GenerationHeader(
         job=fields.text("job"),
-        step=fields.integer("step"),
+        key=_key(fields),
         shard=shard,
         num_shards=num_shards,
         manifest=manifest,
@@ -98,6 +101,20 @@ def decode(document: Fields, shard: int) -> tuple[GenerationHeader, dict[str, St
         metadata=fields.text("metadata"),
     )
     return header, state_arrays
+
+
+def decode_key(document: Fields) -> CommitKey:
+    """Which commit a group's `zarr.json` is of. Raises DamagedError, naming the file."""
+    return _key(document.child("attributes").child(KEY))
+
+
+def _key(fields: Fields) -> CommitKey:
+    commit_id = fields.text("commit_id")
+    try:
+        check_id(commit_id)
+    except ValueError as error:
+        fields.refuse("commit_id", f"is not valid ({error})")
+    return CommitKey(fields.integer("step"), commit_id)
 
 
 _KINDS: dict[str, ParameterKind] = {"parameter": "parameter", "buffer": "buffer"}

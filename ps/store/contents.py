@@ -63,6 +63,20 @@ class StateArray:
 
 
 @dataclass(frozen=True)
+class CommitKey:
+    """Which commit a generation is. A step may be committed again with other content, under another id.
+
+    commit_id: 1 to 64 of [0-9a-f], the same on every server.
+    """
+
+    step: int
+    commit_id: str
+
+    def __str__(self) -> str:
+        return f"step {self.step}, commit {self.commit_id}"
+
+
+@dataclass(frozen=True)
 class GenerationHeader:
     """All of a generation but its tensors.
 
@@ -70,7 +84,7 @@ class GenerationHeader:
     """
 
     job: str
-    step: int
+    key: CommitKey
     shard: int
     num_shards: int
     manifest: tuple[StoredParameter, ...]
@@ -96,7 +110,8 @@ class ChunkState:
 
 @dataclass(frozen=True)
 class Written:
-    """Where a generation is, and how many bytes of chunks were written for it by this call."""
+    """Which generation was asked for, where it is, and how many bytes of chunks were written for it now."""
 
+    key: CommitKey
     path: Path
     bytes_written: int

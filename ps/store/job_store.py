@@ -1,19 +1,21 @@
 """The generations of one job on one server."""
 
-import re
+import logging
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
-from protos.names import check_job_name
-from ps.store import attributes, durable, shard_file
+from protos.names import check_id, check_job_name
+from ps.store import attributes, durable, generation_folders, shard_file
 from ps.store.arrays import METADATA_FILE, all_arrays, check_names, group_metadata
 from ps.store.chunk_reader import ChunkReader
 from ps.store.chunk_writer import ChunkWriter
-from ps.store.contents import ChunkState, GenerationHeader, StateArray, Written
+from ps.store.contents import ChunkState, CommitKey, GenerationHeader, StateArray, Written
 from ps.store.errors import GenerationMissingError, StoreError, disk_errors
 from ps.store.fields import Fields
+from ps.store.generation_folders import GenerationFolder
 
 GENERATIONS = "generations"
 """The folder in a job's folder that holds its generations."""
@@ -21,7 +23,7 @@ GENERATIONS = "generations"
 WRITE_THREADS = 16
 """Threads that write and sync. They mostly wait for the disk, and 16 beat 8 and 4."""
 
-_STEP = re.compile(r"[0-9]{8,18}")
+_log = logging.getLogger(__name__)
 
 
 class JobStore:
@@ -37,26 +39,42 @@ class JobStore:
         self._shard = shard
         self._num_shards = num_shards
         self._folder = Path(data_dir) / job / GENERATIONS
+        self._own_file = shard_file.file_name(shard, num_shards)
 
     def committed_steps(self) -> list[int]:
         """The steps of all complete generations, ascending."""
-        name = shard_file.file_name(self._shard, self._num_shards)
-        return sorted(int(folder.name) for folder in self._folders() if _is_step(folder) and (folder / name).is_file())
+        return sorted({generation.step for generation in self._generations()})
 
-    def read_header(self, step: int) -> GenerationHeader:
-        """Raises GenerationMissingError, DamagedError or NewerFormatError."""
-        return self._read_header(step)[0]
+    def committed(self) -> list[CommitKey]:
+        """All complete generations by step; of one step in the order in which they were written.
 
-    def read_chunks(self, step: int) -> Iterator[ChunkState]:
+        The commit_id is "" where it cannot be read, which is logged.
+        """
+        while True:
+            generations = self._generations()
+            keys = [self._key(generation) for generation in generations]
+            # A commit that goes on meanwhile renames folders.
+            if generations == self._generations():
+                return keys
+
+    def read_header(self, step: int, commit_id: str | None = None) -> GenerationHeader:
+        """Of the step's newest generation unless `commit_id` says of which.
+
+        Raises GenerationMissingError, DamagedError or NewerFormatError.
+        """
+        return self._read_header(self._find(step, commit_id))[0]
+
+    def read_chunks(self, step: int, commit_id: str | None = None) -> Iterator[ChunkState]:
         """This shard's chunks in the order of the manifest, read ahead in batches of about 16 MiB.
 
         Tensors are on the CPU, contiguous, and the caller's. Small chunks of one batch share an
         allocation. Raises as `read_header` does, at once or while iterating.
         """
-        header, states = self._read_header(step)
-        folder, remedy = self._path(step), self._remedy(step)
-        held = shard_file.read(folder, step, self._shard, self._num_shards, remedy)
-        return iter(ChunkReader(folder, header, states, held, remedy))
+        generation = self._find(step, commit_id)
+        header, states = self._read_header(generation)
+        remedy = self._remedy(generation)
+        held = shard_file.read(generation.path, step, self._shard, self._num_shards, remedy)
+        return iter(ChunkReader(generation.path, header, states, held, remedy))
 
     def write(
         self,
@@ -70,59 +88,90 @@ class JobStore:
             until this returns: large ones are written without a copy.
         state_arrays: what the optimizer class keeps, by name, the same on every server.
 
-        A generation of this step that exists already is left as it is. Raises DiskFullError and other
-        StoreErrors if it cannot be written, and ValueError if header and chunks do not fit each other or
-        this store; what was written then is removed, and earlier generations are untouched.
+        A generation of this commit that exists already is left as it is. One of another commit of this
+        step is replaced: it stays readable by its commit_id until `prune` deletes it. At any instant a
+        crash leaves the old generation, the new one, or both.
+
+        Raises DiskFullError and other StoreErrors if it cannot be written, and ValueError if header and
+        chunks do not fit each other or this store; what was written then is removed, and earlier
+        generations are untouched.
         """
         self._check(header, state_arrays)
-        path = self._path(header.step)
-        if header.step in self.committed_steps():
-            return Written(path, 0)
-        with disk_errors(f"write generation {header.step} of job {self._job!r}", self._folder):
+        step = header.key.step
+        path = generation_folders.in_place(self._folder, step)
+        for generation in self._generations():
+            if generation.step == step and self._key(generation) == header.key:
+                return Written(header.key, generation.path, 0)
+        with disk_errors(f"write generation {step} of job {self._job!r}", self._folder):
             durable.make_folders(self._folder)
-            if path.exists():
+            if path.exists() and not (path / self._own_file).is_file():
                 raise StoreError(
-                    f"cannot write generation {header.step} of job {self._job!r}: {path} exists and is not "
+                    f"cannot write generation {step} of job {self._job!r}: {path} exists and is not "
                     f"one of shard {self._shard}/{self._num_shards}; move it away and try again"
                 )
             temporary = durable.temporary_name(path)
             try:
                 temporary.mkdir(mode=durable.FOLDER_MODE)
                 written_bytes = self._write_into(temporary, header, chunks, dict(state_arrays))
+                if path.exists():
+                    generation_folders.set_aside(self._folder, step)
                 temporary.rename(path)
             except BaseException:
+                with suppress(OSError):
+                    generation_folders.put_back(self._folder)
                 shutil.rmtree(temporary, ignore_errors=True)
                 raise
             durable.sync(self._folder)
-        return Written(path, written_bytes)
+        return Written(header.key, path, written_bytes)
 
-    def prune(self, *, keep: int, complete_step: int) -> list[int]:
-        """Deletes generations older than `complete_step`, except those among the `keep` newest.
+    def prune(self, *, keep: int, complete: CommitKey, current: CommitKey) -> list[CommitKey]:
+        """Deletes what `complete` supersedes: older generations except those of the `keep` newest steps, and
+        replaced ones. `complete` itself is put in place if it was replaced.
 
-        complete_step: a step whose generation every server is known to have. If this server has none,
-            nothing is deleted.
-        Returns the steps of the deleted generations.
+        complete: a commit that every server is known to have. If this server does not have it, nothing is
+            deleted.
+        current: the commit that the job in memory is at. It is never deleted.
+        Returns the deleted ones.
         """
-        steps = self.committed_steps()
-        if complete_step not in steps:
+        generations = self._generations()
+        keys = {generation: self._key(generation) for generation in generations}
+        if complete not in keys.values():
             return []
-        kept = set(steps[-keep:]) if keep > 0 else set()
-        return self._delete(step for step in steps if step < complete_step and step not in kept)
+        steps = self.committed_steps()
+        kept_steps = set(steps[-keep:]) if keep > 0 else set()
+
+        def superseded(generation: GenerationFolder) -> bool:
+            if keys[generation] in (complete, current) or generation.step > complete.step:
+                return False
+            # At the step of `complete`, one that is in place is of a continuation that was abandoned.
+            replaced = generation.step == complete.step or generation.number is not None
+            return replaced or generation.step not in kept_steps
+
+        doomed = [generation for generation in generations if superseded(generation)]
+        self._delete(doomed)
+        with disk_errors(f"clean up job {self._job!r}", self._folder):
+            generation_folders.put_back(self._folder)
+        return [keys[generation] for generation in doomed]
 
     def discard_after(self, step: int) -> list[int]:
         """Deletes generations newer than `step`, newest first, and returns their steps.
 
-        For a job that resumes from `step`: newer generations are of a run that is being abandoned. Left
-        where they are, they would pass for the new run's own once it gets to their steps.
+        For a job that went back and committed `step` anew: newer generations are of the run that was
+        abandoned. Left where they are, they would be taken for the job's newest.
         """
-        return self._delete(s for s in reversed(self.committed_steps()) if s > step)
+        newer = [generation for generation in self._generations() if generation.step > step]
+        # Of one step the replaced ones first: one that is left alone would be put back in place.
+        newer.sort(key=lambda generation: -generation.step)
+        self._delete(newer)
+        return sorted({generation.step for generation in newer}, reverse=True)
 
     def clean(self) -> None:
         """Removes what interrupted writes and deletions left behind. For the start of a server."""
         with disk_errors(f"clean up job {self._job!r}", self._folder):
-            for folder in self._folders():
-                if durable.is_temporary(folder.name):
+            for folder in self._folder.iterdir() if self._folder.is_dir() else ():
+                if folder.is_dir() and durable.is_temporary(folder.name):
                     shutil.rmtree(folder)
+            generation_folders.put_back(self._folder)
 
     def _write_into(
         self,
@@ -138,24 +187,41 @@ class JobStore:
             for chunk in chunks:
                 writer.add(chunk)
             written = writer.finish()
-            own = folder / shard_file.file_name(self._shard, self._num_shards)
-            durable.write_file(own, shard_file.encode(header.step, self._shard, self._num_shards, written))
+            own = shard_file.encode(header.key.step, self._shard, self._num_shards, written)
+            durable.write_file(folder / self._own_file, own)
             durable.sync_folders(folder, executor)
         finally:
             # Waits for what is running: nothing may write into a folder that is being removed.
             executor.shutdown(cancel_futures=True)
         return sum(array.chunk_bytes * len(chunks) for array, chunks in written.items())
 
-    def _read_header(self, step: int) -> tuple[GenerationHeader, dict[str, StateArray]]:
-        if step not in (steps := self.committed_steps()):
-            raise GenerationMissingError(
-                f"job {self._job!r} has no generation of step {step} in {self._folder}; "
-                + (f"it has {', '.join(map(str, steps))}" if steps else "it has none")
-            )
-        document = Fields.of_file(self._path(step) / METADATA_FILE, self._remedy(step))
+    def _generations(self) -> list[GenerationFolder]:
+        return generation_folders.find(self._folder, self._own_file)
+
+    def _key(self, generation: GenerationFolder) -> CommitKey:
+        try:
+            document = Fields.of_file(generation.path / METADATA_FILE, self._remedy(generation))
+            return CommitKey(generation.step, attributes.decode_key(document).commit_id)
+        except StoreError as error:
+            _log.warning("%s", error)
+            return CommitKey(generation.step, "")
+
+    def _find(self, step: int, commit_id: str | None) -> GenerationFolder:
+        for generation in reversed(self._generations()):
+            if generation.step == step and commit_id in (None, self._key(generation).commit_id):
+                return generation
+        steps = self.committed_steps()
+        of_commit = "" if commit_id is None else f", commit {commit_id},"
+        raise GenerationMissingError(
+            f"job {self._job!r} has no generation of step {step}{of_commit} in {self._folder}; "
+            + (f"it has {', '.join(map(str, steps))}" if steps else "it has none")
+        )
+
+    def _read_header(self, generation: GenerationFolder) -> tuple[GenerationHeader, dict[str, StateArray]]:
+        document = Fields.of_file(generation.path / METADATA_FILE, self._remedy(generation))
         header, states = attributes.decode(document, self._shard)
         for name, found, expected in (
-            ("step", header.step, step),
+            ("step", header.key.step, generation.step),
             ("num_shards", header.num_shards, self._num_shards),
         ):
             if found != expected:
@@ -168,32 +234,20 @@ class JobStore:
                 f"a generation of shard {header.shard}/{header.num_shards} of job {header.job!r} does not "
                 f"belong to the store of shard {self._shard}/{self._num_shards} of job {self._job!r}"
             )
-        if header.step < 0 or any(name != state.name for name, state in states.items()):
-            raise ValueError(f"step {header.step} is negative, or a state array is not under its own name")
+        check_id(header.key.commit_id)
+        if header.key.step < 0 or any(name != state.name for name, state in states.items()):
+            raise ValueError(f"step {header.key.step} is negative, or a state array is not under its own name")
         check_names(header.manifest, list(states))
 
-    def _delete(self, steps: Iterable[int]) -> list[int]:
-        deleted = []
+    def _delete(self, generations: Iterable[GenerationFolder]) -> None:
         with disk_errors(f"delete generations of job {self._job!r}", self._folder):
-            for step in steps:
-                durable.remove_folder(self._path(step))
-                deleted.append(step)
-        return deleted
+            for generation in generations:
+                durable.remove_folder(generation.path)
 
-    def _path(self, step: int) -> Path:
-        return self._folder / f"{step:08d}"
-
-    def _folders(self) -> list[Path]:
-        return [p for p in self._folder.iterdir() if p.is_dir()] if self._folder.is_dir() else []
-
-    def _remedy(self, step: int) -> str:
-        others = [str(s) for s in self.committed_steps() if s != step]
+    def _remedy(self, generation: GenerationFolder) -> str:
+        others = [str(step) for step in self.committed_steps() if step != generation.step]
         restore = f"restore another generation ({', '.join(others)}) or " if others else ""
-        return f"{restore}put the file back from a copy of {self._path(step)}"
-
-
-def _is_step(folder: Path) -> bool:
-    return bool(_STEP.fullmatch(folder.name)) and f"{int(folder.name):08d}" == folder.name
+        return f"{restore}put the file back from a copy of {generation.path}"
 
 
 def _metadata_files(

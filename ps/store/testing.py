@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 
 from protos.layout import ChunkGrid, place_all
-from ps.store.contents import ChunkState, GenerationHeader, OptimizerSpec, StateArray, StoredParameter
+from ps.store.contents import ChunkState, CommitKey, GenerationHeader, OptimizerSpec, StateArray, StoredParameter
 
 ADAM_STATE = {
     "step": StateArray("step", torch.float32, per_element=False),
@@ -40,11 +40,12 @@ class Model:
         num_shards: int = 1,
         *,
         step: int = 0,
+        commit_id: str = "0",
         job: str = "gpt",
         optimizer: OptimizerSpec | None = None,
         metadata: str = "",
     ) -> GenerationHeader:
-        return GenerationHeader(job, step, shard, num_shards, self.manifest, optimizer, metadata)
+        return GenerationHeader(job, CommitKey(step, commit_id), shard, num_shards, self.manifest, optimizer, metadata)
 
     def chunks(self, shard: int = 0, num_shards: int = 1) -> Iterator[ChunkState]:
         """The chunks of a shard in the order of the manifest, each a tensor of its own."""

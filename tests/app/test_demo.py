@@ -147,7 +147,7 @@ def test_a_store_that_cannot_be_read_is_one_line(
     def damaged(store: JobStore) -> list[int]:
         raise StoreError("cannot read the generations: Input/output error")
 
-    monkeypatch.setattr(JobStore, "committed_steps", damaged)
+    monkeypatch.setattr(JobStore, "committed", damaged)
     assert main(["--out", str(tmp_path), "--servers", "1"]) == 2
     error = capsys.readouterr().err
     assert error == "zero-ps demo: the servers cannot start: cannot read the generations: Input/output error\n"

@@ -3,6 +3,7 @@
 import itertools
 import queue
 import threading
+import uuid
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
@@ -42,6 +43,8 @@ class Client:
 
     _ids = itertools.count()
     connected: ClassVar[list["Client"]] = []
+    # By job and step: what was committed last, by any client.
+    commits: ClassVar[dict[tuple[str, int], str]] = {}
 
     def __init__(
         self,
@@ -58,6 +61,7 @@ class Client:
         heartbeat: bool = True,
     ) -> None:
         self._silent = threading.Event()
+        self.job = job
         self.channel = grpc.insecure_channel(
             address,
             options=[
@@ -98,9 +102,26 @@ class Client:
                 return
 
     def call(self, method: str, timeout: float = TIMEOUT, **fields):
-        """A unary call with this client's session id filled in."""
+        """A unary call with this client's session id filled in.
+
+        Unless stated, commits and restores have new ids, and what is restored is the step's last commit.
+        """
+        place = (self.job, fields.get("step", 0))
+        if method == "Commit":
+            fields.setdefault("commit_id", uuid.uuid4().hex)
+        elif method == "Restore":
+            fields.setdefault("commit_id", self.commits.get(place, "0"))
+            fields.setdefault("restore_id", uuid.uuid4().hex)
         request = getattr(pb, f"{method}Request")(session_id=self.session_id, **fields)
-        return getattr(self.stub, method)(request, timeout=timeout)
+        response = getattr(self.stub, method)(request, timeout=timeout)
+        if method == "Commit":
+            self.commits[place] = response.commit_id
+        return response
+
+    @property
+    def committed_steps(self) -> list[int]:
+        """Of the commits that the server had when this client came, replaced ones included."""
+        return [commit.step for commit in self.opened.committed]
 
     def close(self) -> None:
         """Ends the session and the connection."""

@@ -10,8 +10,15 @@ import pytest
 import torch
 
 from protos import zero_ps_pb2 as pb
-from ps import LocalCluster
-from ps.store import DataDir
+from ps import LocalCluster, commits
+from ps.budget import Budget
+from ps.errors import SessionEnded
+from ps.job import Job
+from ps.monitor import Patience
+from ps.opening import open_job
+from ps.options import ServerOptions
+from ps.sessions import Session
+from ps.store import CommitKey, DataDir, StoredParameter
 from tests.ps.client import Client, error_of, spec, start_job
 
 SHAPES = {"a": (), "b": (1200, 1001), "c": (17, 3), "d": (0, 2)}
@@ -46,7 +53,7 @@ def train(client: Client, first: int, last: int) -> list[torch.Tensor]:
 
 def resume(address: str, job: str, step: int, optimizer: str, **options: object) -> Client:
     client = Client(address, job=job)
-    assert step in client.opened.committed_steps
+    assert step in client.committed_steps
     client.call("Restore", step=step)
     assert not client.open_job(random_parameters()).needs_weights
     client.set_optimizer(optimizer, **options)
@@ -74,7 +81,7 @@ def test_training_goes_on_with_the_same_bits_after_a_crash(optimizer: str, optio
         client.drop()
         cluster.restart(0)
         client = Client(address)
-        assert (client.opened.step, list(client.opened.committed_steps)) == (-1, [3])
+        assert (client.opened.step, client.committed_steps) == (-1, [3])
         assert json.loads(client.call("Restore", step=3).metadata) == {"epoch": 2}
         client.open_job(random_parameters())
         client.set_optimizer(optimizer, **options)
@@ -103,17 +110,19 @@ def test_generations_of_an_abandoned_run_do_not_pass_for_the_new_one(
     client.set_optimizer("SGD", lr=0.7)
     new = train(client, 1, 3)
     commit(client, 3)
-    assert list(Client(address, job=job_name).opened.committed_steps) == [1, 2, 3]
+    assert Client(address, job=job_name).committed_steps == [1, 2, 3, 3]
     client = resume(address, job_name, 3, "SGD", lr=0.7)
     assert all(torch.equal(client.pull(i, version=3), new[i]) for i in range(len(new)))
 
 
 def test_old_generations_go_once_all_servers_have_a_newer_one(address: str, job_name: str) -> None:
     (client,) = start_job(address, random_parameters(), job=job_name)
+    complete = None
     for step in range(5):
         train(client, step, step + 1)
-        commit(client, step + 1, complete_step=step)
-    assert list(Client(address, job=job_name).opened.committed_steps) == [4, 5]
+        written = commit(client, step + 1, complete=complete)
+        complete = pb.CommittedGeneration(step=step + 1, commit_id=written.commit_id)
+    assert Client(address, job=job_name).committed_steps == [4, 5]
 
 
 def test_a_commit_waits_for_the_updates_and_may_be_repeated(address: str, job_name: str) -> None:
@@ -238,6 +247,96 @@ def error_of_or_none(call):
     return None
 
 
+def listed(address: str, job: str) -> list[tuple[int, str]]:
+    return [(c.step, c.commit_id) for c in Client(address, job=job, read_only=True).opened.committed]
+
+
+def test_a_commit_of_unchanged_state_answers_the_id_that_is_there(address: str, job_name: str) -> None:
+    (client,) = start_job(address, random_parameters(), job=job_name)
+    assert commit(client, 0, commit_id="a").commit_id == "a"
+    for commit_id in "ab":
+        again = commit(client, 0, commit_id=commit_id)
+        assert (again.commit_id, again.bytes_written) == ("a", 0)
+    assert listed(address, job_name) == [(0, "a")]
+
+
+def test_a_renewed_commit_is_written_under_its_own_id(address: str, job_name: str) -> None:
+    (client,) = start_job(address, random_parameters(), job=job_name)
+    commit(client, 0, commit_id="a", metadata='{"n": 1}')
+    renewed = commit(client, 0, commit_id="b", metadata='{"n": 2}', renew=True)
+    assert renewed.commit_id == "b" and renewed.bytes_written > 0
+    again = commit(client, 0, commit_id="b", renew=True)
+    assert (again.commit_id, again.bytes_written) == ("b", 0)
+    assert listed(address, job_name) == [(0, "a"), (0, "b")]
+    assert client.call("Restore", commit_id="a").metadata == '{"n": 1}'
+    assert client.call("Restore", commit_id="b").metadata == '{"n": 2}'
+
+
+def test_an_id_stands_for_one_content(address: str, job_name: str) -> None:
+    (client,) = start_job(address, random_parameters(), job=job_name)
+    commit(client, 0, commit_id="a")
+    client.push_weight(2, torch.zeros(17, 3))
+    code, message = error_of(lambda: commit(client, 0, commit_id="a"))
+    assert code == grpc.StatusCode.FAILED_PRECONDITION
+    assert "step 0, commit a of job" in message and "new id" in message
+
+
+def test_a_step_committed_twice_can_be_restored_either_way(address: str, job_name: str) -> None:
+    (client,) = start_job(address, random_parameters(), job=job_name)
+    for number, commit_id in enumerate("abc"):
+        client.push_weight(2, torch.full((17, 3), float(number)))
+        commit(client, 0, commit_id=commit_id, complete=pb.CommittedGeneration(commit_id="a") if number else None)
+    assert listed(address, job_name) == [(0, "a"), (0, "c")], "b was never known to be on all servers"
+    for commit_id, number in (("a", 0), ("c", 2), ("a", 0)):
+        client.call("Restore", commit_id=commit_id)
+        assert torch.equal(client.pull(2), torch.full((17, 3), float(number)))
+        assert listed(address, job_name) == [(0, "a"), (0, "c")], "a restore changes nothing on disk"
+    # Goes on from a; c was abandoned.
+    written = commit(client, 0, commit_id="d", complete=pb.CommittedGeneration(commit_id="a"))
+    assert (written.commit_id, Path(written.path).name) == ("a", "00000000")
+    assert listed(address, job_name) == [(0, "a")]
+
+
+def test_a_restore_leaves_newer_commits_until_the_next_one(address: str, job_name: str) -> None:
+    (client,) = start_job(address, random_parameters(), job=job_name)
+    for step in range(3):
+        train(client, step, step + 1)
+        commit(client, step + 1)
+    client.call("Restore", step=1)
+    client.set_optimizer()
+    commit(client, 1)
+    train(client, 1, 2)
+    assert [step for step, _ in listed(address, job_name)] == [1, 2, 3]
+    commit(client, 2)
+    assert [step for step, _ in listed(address, job_name)] == [1, 2, 2]
+
+
+def test_a_restore_of_a_trainer_that_was_replaced_meanwhile_changes_nothing(tmp_path: Path, monkeypatch) -> None:
+    def session(incarnation: str) -> Session:
+        return job.open_session(0, 1, incarnation, False, Patience.of(5))
+
+    with DataDir(tmp_path, 0, 1) as data_dir:
+        job = Job("gpt", ServerOptions(0, 1), data_dir.job_store("gpt"), Budget(None))
+        old = session("old")
+        open_job(job, old, [StoredParameter("w", (3,), torch.float32, "parameter", True)], {})
+        shard = job.open_shard()
+        job.write_weights(old, shard, 0, [(chunk, torch.zeros(3)) for chunk in shard])
+        key = CommitKey(0, "a")
+        commits.commit(job, old, key, "", None, False, Patience.of(5))
+        job.write_weights(old, shard, 0, [(chunk, torch.ones(3)) for chunk in shard])
+        read_into = job.generations.read_into
+
+        def slowly(*arguments: object) -> None:
+            read_into(*arguments)
+            session("new")
+
+        monkeypatch.setattr(job.generations, "read_into", slowly)
+        with pytest.raises(SessionEnded):
+            commits.restore(job, old, key, "1", Patience.of(5))
+        assert job.usable_step == -1, "which is what the new trainer was told"
+        job.close()
+
+
 # ---------------------------------------------------------------- readers
 
 
@@ -274,7 +373,7 @@ def test_a_reader_restores_a_job_that_nobody_uses(tmp_path: Path) -> None:
         commit(client, 0, metadata='{"a": 1}')
     with LocalCluster(1, data_dir=tmp_path) as cluster:
         reader = Client(cluster.addresses[0], job="job", read_only=True)
-        assert (reader.opened.step, list(reader.opened.committed_steps)) == (-1, [0])
+        assert (reader.opened.step, reader.committed_steps) == (-1, [0])
         assert reader.call("Restore", step=0).metadata == '{"a": 1}'
         reader.open_job(parameters)
         assert torch.equal(reader.pull(2), parameters["c"])

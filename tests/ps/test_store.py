@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from ps.store import (
     ChunkState,
+    CommitKey,
     JobStore,
     OptimizerGroup,
     OptimizerSpec,
@@ -139,7 +140,7 @@ def test_a_model_without_chunks_on_this_shard_is_a_generation(tmp_path):
     assert store.committed_steps() == [0] and list(store.read_chunks(0)) == []
 
 
-def test_an_existing_step_is_left_as_it_is(tmp_path):
+def test_an_existing_commit_is_left_as_it_is(tmp_path):
     old, new = Model(MANIFEST[:2], ADAM_STATE, seed=1), Model(MANIFEST[:2], ADAM_STATE, seed=2)
     store = write(tmp_path, old)
     again = store.write(new.header(), new.chunks(), ADAM_STATE)
@@ -174,9 +175,9 @@ def test_prune_keeps_the_newest_and_all_from_the_complete_step_on(tmp_path, keep
     model = Model([param("a", 3)], ADAM_STATE)
     for step in (10, 20, 30, 40, 50):
         store = write(tmp_path, model, step=step)
-    deleted = store.prune(keep=keep, complete_step=complete)
+    deleted = store.prune(keep=keep, complete=CommitKey(complete, "0"), current=CommitKey(50, "0"))
     assert store.committed_steps() == left
-    assert sorted([*deleted, *left]) == [10, 20, 30, 40, 50]
+    assert sorted([*(key.step for key in deleted), *left]) == [10, 20, 30, 40, 50]
     assert {p.name for p in (tmp_path / "gpt/generations").iterdir()} == {f"{s:08d}" for s in left}
 
 

@@ -21,7 +21,7 @@ WRITER = """
 import sys
 from pathlib import Path
 from tests_model import MODEL, chunks_of
-from ps.store import DataDir
+from ps.store import CommitKey, DataDir
 from ps.store.testing import ADAM_STATE
 store = DataDir(Path(sys.argv[1]), 0, 1).job_store("gpt")
 store.clean()
@@ -30,7 +30,8 @@ print("ready", flush=True)
 while True:
     step += 1
     store.write(MODEL.header(step=step), chunks_of(step), ADAM_STATE)
-    store.prune(keep=2, complete_step=step)
+    key = CommitKey(step, "0")
+    store.prune(keep=2, complete=key, current=key)
 """
 
 MODEL_SOURCE = """

@@ -13,6 +13,7 @@ import torch
 
 from ps.store import (
     ChunkState,
+    CommitKey,
     DamagedError,
     DataDir,
     DataDirError,
@@ -208,6 +209,9 @@ def zero_ps(change):
         (zero_ps(lambda d: d["state"].update({"../x": {"dtype": None, "per_element": True}})), "../x"),
         (zero_ps(lambda d: d["state"].update(weight={"dtype": None, "per_element": True})), "weight"),
         (zero_ps(lambda d: d.update(step=7)), "step"),
+        (zero_ps(lambda d: d.pop("commit_id")), "commit_id"),
+        (zero_ps(lambda d: d.update(commit_id="")), "commit_id"),
+        (zero_ps(lambda d: d.update(commit_id="../x")), "commit_id"),
         (zero_ps(lambda d: d.update(num_shards=2**40)), "num_shards"),
         (zero_ps(lambda d: d.update(metadata={})), "metadata"),
         (zero_ps(lambda d: d.update(optimizer={"class_name": "SGD"})), "groups"),
@@ -223,7 +227,7 @@ def test_damaged_metadata_names_file_and_field(stored, change, field):
     with pytest.raises(DamagedError, match=says(str(path / "zarr.json"), field)) as error:
         store.read_header(4)
     assert "restore another generation (3)" in str(error.value)
-    assert store.read_header(3).step == 3
+    assert store.read_header(3).key.step == 3
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[" * 100_000])
@@ -265,7 +269,7 @@ def test_a_full_disk_leaves_earlier_generations_and_no_leftovers(small_disk):
     assert {p.name for p in (small_disk / "gpt/generations").iterdir()} == {"00000001", "00000002"}
     (chunk,) = store.read_chunks(2)
     assert torch.equal(chunk.weight, model.values[0])
-    store.prune(keep=1, complete_step=2)
+    store.prune(keep=1, complete=CommitKey(2, "0"), current=CommitKey(2, "0"))
     store.write(model.header(step=3), model.chunks(), ADAM_STATE)
     assert store.committed_steps() == [2, 3]
 
