@@ -1,6 +1,5 @@
 """`trainer.offload` and `trainer.remove`: from a plain model to one whose parameters live on servers, and back."""
 
-import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -104,7 +103,6 @@ class OffloadedModel:
         self.coordinator = Coordinator(job)
         self.memory = MemoryPool()
         self.gradients = Gradients(job, config, self.memory, self.coordinator)
-        self._model = weakref.ref(model)
         self._backward = _NO_BACKWARD
         # The optimizer that was made last; see `RemoteOptimizer.step`.
         self.optimizer: object = None
