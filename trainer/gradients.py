@@ -133,11 +133,14 @@ class Gradients:
         """Has the servers forget this trainer's gradients of some parameters."""
         dropped = [state for state in states if state in self._sent]
         # After `clip_grad_norm_` also where nothing was sent: servers have to know that this rank begins anew.
-        if not dropped and not self.scales:
-            return
+        if dropped or (self.scales and not self._sent):
+            self._forget(dropped)
+
+    def _forget(self, dropped: Sequence[OffloadedParameter]) -> None:
         self._job.check()
         self._job.transfer.flush()
         self.scales.clear()
+        # No index means every parameter.
         indices = [] if len(dropped) == len(self._sent) else [s.remote.index for s in dropped if s.remote is not None]
         call_all(
             self._job.servers,
@@ -169,7 +172,9 @@ class Gradients:
 
     def _drop_what_was_dropped(self) -> None:
         """`Module.zero_grad()` and `param.grad = None` only take the placeholder away."""
-        self.drop([state for state in self._sent if _grad(state) is None])
+        gone = [state for state in self._sent if _grad(state) is None]
+        if gone:
+            self._forget(gone)
 
 
 def _grad(state: OffloadedParameter) -> torch.Tensor | None:
