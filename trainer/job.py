@@ -106,7 +106,9 @@ class Job:
         self.transfer.flush()
         self.model.write_buffers()
         commit_id = new_id()
-        answered = self._commit(commit_id, text, renew=False)
+        # New metadata is a new commit, also of a state that was committed already.
+        restated = self.complete is not None and self.complete[0] == self.step and json.loads(text) != self.metadata
+        answered = self._commit(commit_id, text, renew=restated)
         if len(answered) > 1:
             # Some servers' part of the state was committed already, under another id. The generations of a
             # commit have one id, so those servers write theirs again.

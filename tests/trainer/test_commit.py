@@ -149,6 +149,19 @@ def test_only_the_newest_commits_are_kept(tmp_path: Path) -> None:
     assert kept == ["00000003", "00000004"]
 
 
+def test_the_metadata_of_a_repeated_commit_counts(tmp_path: Path) -> None:
+    with LocalCluster(servers=2, data_dir=tmp_path) as cluster:
+        with trainer.connect(cluster.addresses) as job:
+            trainer.offload(seeded(Residual), job)
+            job.commit({"a": 1})
+            job.commit({"a": 2})
+        for server in range(2):
+            cluster.kill(server)
+            cluster.restart(server)
+        with trainer.connect(cluster.addresses) as job:
+            assert job.metadata == {"a": 2}
+
+
 def test_servers_whose_memory_differs_go_back_to_the_commit_that_both_have(tmp_path: Path) -> None:
     with LocalCluster(servers=2, data_dir=tmp_path) as cluster:
         with trainer.connect(cluster.addresses) as job:
