@@ -13,6 +13,7 @@ from ps.errors import Conflict, JobFailed, SessionEnded
 from ps.generations import Generations
 from ps.monitor import Monitor, Patience
 from ps.options import ServerOptions
+from ps.plan import Plan
 from ps.sessions import Session, Sessions
 from ps.shard import Shard
 from ps.staging import Staging
@@ -40,6 +41,8 @@ class Job:
         self.barriers = Barriers(self.sessions, self.monitor)
         self.updater = Updater(name, self.shard_lock, self.monitor)
         self.steps = Steps(name, self.sessions, self.monitor, self.updater)
+        # By session: the order in which its trainer says that it uses parameters.
+        self.plans: dict[str, Plan] = {}
         self._staging: dict[str, Staging] = {}
 
     # ------------------------------------------------------------ sessions
@@ -72,6 +75,7 @@ class Job:
         _log.info("job %r: session of %s ended: %s", self.name, session.who, session.ended)
         self.steps.leave(session)
         self._staging.pop(session.id, None)
+        self.plans.pop(session.id, None)
 
     def _drop_useless_state(self) -> None:
         """A shard that failed, or that never got all its weights, is of use only to those who know of it."""
@@ -162,6 +166,13 @@ class Job:
         self.steps.step(session, shard, step, wish)
         # Whatever was staged and fitted nowhere has been read back before training began.
         self.staging(session).clear()
+
+    def set_plan(self, session: Session, shard: Shard, plan: Plan) -> None:
+        """Replaces what the session said before of the order in which it uses parameters."""
+        plan.check(shard)
+        with self.monitor:
+            session.check()
+            self.plans[session.id] = plan
 
     # ------------------------------------------------------------ waiting
 

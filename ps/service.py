@@ -21,7 +21,15 @@ from ps.push import answer_pushes
 from ps.sessions import Session
 from ps.statuses import as_server_error, status_code, status_message
 from ps.traffic import Traffic
-from ps.wire import decode_id, decode_key, decode_manifest, decode_optimizer, decode_step, encode_opened_job
+from ps.wire import (
+    decode_id,
+    decode_key,
+    decode_manifest,
+    decode_optimizer,
+    decode_plan,
+    decode_step,
+    encode_opened_job,
+)
 
 Request = TypeVar("Request")
 Response = TypeVar("Response")
@@ -193,6 +201,12 @@ class ParameterServer(zero_ps_pb2_grpc.ParameterServerServicer):
         job, session = self._jobs.find(request.session_id)
         job.step_from(session, request.step, decode_step(request), self._update_wait(context))
         return pb.StepResponse()
+
+    @_call
+    def Plan(self, request: pb.PlanRequest, context: grpc.ServicerContext) -> pb.PlanResponse:
+        job, session = self._jobs.find(request.session_id)
+        job.set_plan(session, job.open_shard(), decode_plan(request))
+        return pb.PlanResponse()
 
     @_call
     def Commit(self, request: pb.CommitRequest, context: grpc.ServicerContext) -> pb.CommitResponse:

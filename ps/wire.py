@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import Literal
 
 import torch
 
@@ -13,6 +14,7 @@ from protos.values import decode_options
 from ps.chunk import Chunk
 from ps.errors import InvalidRequest
 from ps.opening import OpenedJob
+from ps.plan import Plan, PlannedUse
 from ps.shard import Shard
 from ps.steps import StepWish
 from ps.store import CommitKey, OptimizerGroup, OptimizerSpec, StoredParameter
@@ -23,6 +25,10 @@ _MAX_CHUNKS = 1 << 20
 _MAX_GROUPS = 1 << 16
 _FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _TRAINED = (torch.float64, torch.float32)
+_USES: dict[int, Literal["pull", "gradient"]] = {
+    pb.PlannedUse.KIND_PULL: "pull",
+    pb.PlannedUse.KIND_GRADIENT: "gradient",
+}
 _KINDS = {pb.ParameterSpec.KIND_PARAMETER: "parameter", pb.ParameterSpec.KIND_BUFFER: "buffer"}
 
 
@@ -104,6 +110,16 @@ def decode_step(request: pb.StepRequest) -> StepWish:
         tuple(decode_options(group.options) for group in request.groups),
         tuple((tuple(scale.parameters), scale.scale) for scale in request.scales),
     )
+
+
+def decode_plan(request: pb.PlanRequest) -> Plan:
+    uses = []
+    for use in request.uses:
+        kind = _USES.get(use.kind)
+        if kind is None:
+            raise InvalidRequest(f"a plan names the unknown kind {use.kind} of use")
+        uses.append(PlannedUse(kind, use.parameter))
+    return Plan(tuple(uses))
 
 
 def decode_key(step: int, commit_id: str) -> CommitKey:

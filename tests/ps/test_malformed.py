@@ -12,6 +12,7 @@ from protos import MAX_MANIFEST_PARAMETERS
 from protos import zero_ps_pb2 as pb
 from protos.values import encode_options
 from ps import LocalCluster
+from ps.plan import MAX_USES
 from tests.ps.client import Client, StreamError, error_of, spec, start_job
 
 INVALID = grpc.StatusCode.INVALID_ARGUMENT
@@ -91,6 +92,10 @@ def client(address: str, job_name: str) -> Client:
         ("Step", {"groups": [pb.OptimizerGroup()], "scales": [pb.GradScale(parameters=[9])]}, INVALID),
         ("Step", {"groups": [pb.OptimizerGroup()], "scales": [pb.GradScale()]}, INVALID),
         ("Step", {"groups": [pb.OptimizerGroup()], "step": -5}, grpc.StatusCode.FAILED_PRECONDITION),
+        ("Plan", {"uses": [pb.PlannedUse(kind=pb.PlannedUse.KIND_PULL, parameter=2)]}, INVALID),
+        ("Plan", {"uses": [pb.PlannedUse(parameter=0)]}, INVALID),
+        ("Plan", {"uses": [pb.PlannedUse(kind=9, parameter=0)]}, INVALID),  # type: ignore[arg-type]
+        ("Plan", {"uses": [pb.PlannedUse(kind=pb.PlannedUse.KIND_PULL)] * (MAX_USES + 1)}, INVALID),
         ("Commit", {"step": -1}, grpc.StatusCode.OUT_OF_RANGE),
         ("Commit", {"timeout_seconds": -1.0}, INVALID),
         ("Commit", {"commit_id": ""}, INVALID),
