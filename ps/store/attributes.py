@@ -108,6 +108,11 @@ def decode_key(document: Fields) -> CommitKey:
     return _key(document.child("attributes").child(KEY))
 
 
+def decode_job(document: Fields) -> str:
+    """Which job a group's `zarr.json` is of. Raises DamagedError, naming the file."""
+    return document.child("attributes").child(KEY).text("job")
+
+
 def _key(fields: Fields) -> CommitKey:
     commit_id = fields.text("commit_id")
     try:

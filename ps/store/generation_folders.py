@@ -31,8 +31,12 @@ def in_place(folder: Path, step: int) -> Path:
 
 def find(folder: Path, own_file: str) -> list[GenerationFolder]:
     """The generations that have the file which completes them, by step; of one step the newest last."""
-    found = [g for g in _all(folder) if (g.path / own_file).is_file()]
-    return sorted(found, key=lambda g: (g.step, g.number is None, g.number or 0))
+    return [generation for generation in find_all(folder) if (generation.path / own_file).is_file()]
+
+
+def find_all(folder: Path) -> list[GenerationFolder]:
+    """What has a generation's name, in the order of `find`."""
+    return sorted(_all(folder), key=lambda g: (g.step, g.number is None, g.number or 0))
 
 
 def set_aside(folder: Path, step: int) -> None:

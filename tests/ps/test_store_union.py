@@ -1,63 +1,16 @@
 """The servers' folders, copied over each other, are one zarr group with the whole model."""
 
 import json
-import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from ps.store import JobStore, OptimizerGroup, OptimizerSpec, StateArray, StoredParameter
-from ps.store.testing import ADAM_STATE, Model
-
-STATES = {**ADAM_STATE, "half": StateArray("half", torch.float16, per_element=True)}
-
-
-def manifest(*, bf16: bool) -> list[StoredParameter]:
-    frozen = torch.bfloat16 if bf16 else torch.float16
-    return [
-        StoredParameter("layers.0.weight", (2600, 1031), torch.float32, "parameter", True),
-        StoredParameter("layers.0.bias", (7,), torch.float32, "parameter", True),
-        StoredParameter("layers.0.scale", (), torch.float32, "parameter", True),
-        StoredParameter("layers.1.empty", (0, 5), torch.float32, "parameter", True),
-        StoredParameter("layers.1.narrow", (5, 0), torch.float32, "parameter", True),
-        StoredParameter("layers.1.double", (3, 2, 5), torch.float64, "parameter", True),
-        StoredParameter("frozen.weight", (4100, 601), frozen, "parameter", False),
-        StoredParameter("mask", (3, 3), torch.bool, "buffer", False),
-        StoredParameter("count", (), torch.int64, "buffer", False),
-    ]
-
-
-def write_shards(folder: Path, model: Model, num_shards: int) -> list[Path]:
-    options = {"lr": 0.1, "betas": (0.9, 0.999), "eps": 1e-8}
-    paths = []
-    for shard in range(num_shards):
-        # Servers may hold a dict's keys in different orders; their files must not.
-        order = reversed if shard % 2 else list
-        optimizer = OptimizerSpec("AdamW", (OptimizerGroup(dict(order(list(options.items()))), (0, 1)),))
-        states = dict(order(list(model.state_arrays.items())))
-        store = JobStore(folder / str(shard), "gpt", shard, num_shards)
-        header = model.header(shard, num_shards, step=5, optimizer=optimizer, metadata='{"a": 1}')
-        paths.append(store.write(header, model.chunks(shard, num_shards), states).path)
-    return paths
-
-
-def unite(paths: list[Path], target: Path) -> Path:
-    for path in paths:
-        shutil.copytree(path, target, dirs_exist_ok=True)
-    return target
-
-
-def expected_arrays(model: Model) -> dict[str, torch.Tensor]:
-    arrays = {}
-    for parameter, value, states in zip(model.manifest, model.values, model.states, strict=True):
-        arrays[f"{'weight' if parameter.kind == 'parameter' else 'buffer'}/{parameter.name}"] = value
-        arrays |= {f"{name}/{parameter.name}": tensor for name, tensor in states.items()}
-    return arrays
-
+from ps.store import JobStore, OptimizerGroup, OptimizerSpec
+from ps.store.testing import Model
+from tests.ps.stored import STATES, expected_arrays, manifest, unite, write_shards
 
 READ_ALL = """
 import sys, warnings, numpy, zarr
