@@ -1,7 +1,7 @@
 """One commit of a whole model: its folders on all servers, together.
 
 `find_generation` is what tools begin with: from folders that a person names to a commit that is complete
-over them. It only reads, takes no lock, and may be used beside running servers.
+over them. It only reads and takes no lock, and may be used beside running servers.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
