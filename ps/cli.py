@@ -5,10 +5,11 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ps.arguments import ArgumentParser
+from ps.tools import verify
 
 _DESCRIPTION = "ZeRO-3 parameter offload: parameter servers keep the model, trainers compute with it."
 
@@ -33,7 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from ps.status import print_status
 
             return print_status(options.addresses, options.timeout)
-    raise AssertionError(options.command)
+    run: Callable[[argparse.Namespace], int] = options.run
+    return run(options)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -98,6 +100,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     status.add_argument("addresses", nargs="+", metavar="ADDRESS", help="HOST:PORT, several also joined by commas")
     status.add_argument("--timeout", type=_seconds, default=5.0, metavar="SECONDS", help="(default: %(default)s)")
+
+    for tool in (verify,):
+        tool.add_parser(commands)
 
     # Here only for the list of commands; `main` has taken them before.
     commands.add_parser("train", help="run the training application (zero-ps train --help)", add_help=False)

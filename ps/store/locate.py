@@ -73,9 +73,11 @@ def _below(root: Path, job: str | None) -> Iterator[FoundFolder]:
             for generation in _generations(root):
                 yield from _described(root, None, generation, job)
         else:
+            inside = sorted(path.name for path in root.iterdir() if (path / CLAIM_FILE).is_file())
             raise GenerationMissingError(
                 f"{root} holds no generation: it is neither a server's data folder (--data-dir), nor the folder of a "
-                "job in one, nor a generation; check the name"
+                "job in one, nor a generation; "
+                + (f"name the servers' folders in it, {', '.join(inside)}" if inside else "check the name")
             )
     except OSError as error:
         raise GenerationMissingError(f"cannot read {root}: {error.strerror or error}; check the name") from error

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
+import protos.layout
 from tests.ps.client import Client
 
 
@@ -13,3 +14,11 @@ def _clients_leave() -> Iterator[None]:
     yield
     while Client.connected:
         Client.connected.pop().drop()
+
+
+@pytest.fixture(scope="module")
+def small_chunks() -> Iterator[None]:
+    """Chunks of a few KiB, so that a small model has many. For what a test does in its own process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(protos.layout, "CHUNK_BYTES", 4 << 10)
+        yield

@@ -11,25 +11,27 @@ from ps.store.testing import ADAM_STATE, Model
 STATES = {**ADAM_STATE, "half": StateArray("half", torch.float16, per_element=True)}
 
 
-def manifest(*, bf16: bool) -> list[StoredParameter]:
+def manifest(*, bf16: bool, small: bool = False) -> list[StoredParameter]:
+    """All that is special. small: for chunks of the fixture `small_chunks`."""
+    rows = 5 if small else 2600
     frozen = torch.bfloat16 if bf16 else torch.float16
     return [
-        StoredParameter("layers.0.weight", (2600, 1031), torch.float32, "parameter", True),
+        StoredParameter("layers.0.weight", (rows, 1031), torch.float32, "parameter", True),
         StoredParameter("layers.0.bias", (7,), torch.float32, "parameter", True),
         StoredParameter("layers.0.scale", (), torch.float32, "parameter", True),
         StoredParameter("layers.1.empty", (0, 5), torch.float32, "parameter", True),
         StoredParameter("layers.1.narrow", (5, 0), torch.float32, "parameter", True),
         StoredParameter("layers.1.double", (3, 2, 5), torch.float64, "parameter", True),
-        StoredParameter("frozen.weight", (4100, 601), frozen, "parameter", False),
+        StoredParameter("frozen.weight", (rows * 3 // 2, 601), frozen, "parameter", False),
         StoredParameter("mask", (3, 3), torch.bool, "buffer", False),
         StoredParameter("count", (), torch.int64, "buffer", False),
     ]
 
 
 def small_manifest() -> list[StoredParameter]:
-    """Two chunks of a matrix, and little else."""
+    """Two chunks of a matrix where chunks are small (fixture `small_chunks`), and little else."""
     return [
-        StoredParameter("up.weight", (2600, 1031), torch.float32, "parameter", True),
+        StoredParameter("up.weight", (120, 31), torch.float32, "parameter", True),
         StoredParameter("up.bias", (7,), torch.float32, "parameter", True),
         StoredParameter("frozen", (5, 3), torch.bfloat16, "parameter", False),
         StoredParameter("count", (), torch.int64, "buffer", False),

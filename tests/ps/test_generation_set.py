@@ -11,6 +11,8 @@ from ps.store.generation_set import find_generation
 from ps.store.testing import ADAM_STATE, Model
 from tests.ps.stored import data_dirs, small_manifest, unite, write_shards
 
+pytestmark = pytest.mark.usefixtures("small_chunks")
+
 
 @pytest.fixture(scope="module")
 def model() -> Model:

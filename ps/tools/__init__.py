@@ -1,0 +1,1 @@
+"""What `zero-ps` does with folders that no server has to be running for."""

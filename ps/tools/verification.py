@@ -1,0 +1,102 @@
+"""Whether commits are whole: everything that a generation's files say is compared with what is there."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ps.store.contents import CommitKey
+from ps.store.generation_set import complete_keys, nothing_complete, of_one_job
+from ps.store.locate import FoundFolder, find_folders
+from ps.tools.generation_check import GenerationReport, Problem, check_generation
+from ps.tools.progress import Progress, silent
+
+_ATTEMPTS = 5
+"""Times that the newest generation may be deleted while it is read."""
+
+
+@dataclass
+class Report:
+    """What `verify` found.
+
+    generations: those that were checked, the newest last.
+    others: problems of what could not be checked.
+    notes: what is no problem and worth knowing, such as a commit that not all servers have.
+    """
+
+    generations: list[GenerationReport] = field(default_factory=list)
+    others: list[Problem] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def problems(self) -> list[Problem]:
+        return [*self.others, *(problem for generation in self.generations for problem in generation.problems)]
+
+    @property
+    def ok(self) -> bool:
+        """At least one generation was checked, and nothing is wrong."""
+        return bool(self.generations) and not self.problems
+
+
+def verify(
+    folders: Sequence[Path],
+    *,
+    job: str | None = None,
+    step: int | None = None,
+    all_steps: bool = False,
+    progress: Progress = silent,
+) -> Report:
+    """Checks the newest generation that is complete over `folders`, or the one of `step`, or every one.
+
+    folders, job: as for `find_generation`.
+
+    Only reads, and takes no lock: servers may run. What they delete meanwhile is no problem; another generation
+    is checked in its place. Raises GenerationMissingError for a folder that holds nothing of the kind, and for
+    several jobs.
+    """
+    for _ in range(_ATTEMPTS):
+        found = of_one_job(find_folders(folders, job))
+        report = _verify(folders, found, step, all_steps, progress)
+        # A generation that goes while it is looked at takes what was found along.
+        if report.ok or find_folders(folders, job) == found:
+            break
+    return report
+
+
+def _verify(
+    folders: Sequence[Path], found: list[FoundFolder], step: int | None, all_steps: bool, progress: Progress
+) -> Report:
+    report = Report()
+    wanted = [folder for folder in found if step in (None, folder.key.step)]
+    complete = complete_keys(wanted)
+    chosen = complete if all_steps else complete[-1:]
+    oldest = chosen[0][0].step if chosen else -1
+    if not chosen:
+        report.others.append(Problem(folders[0], nothing_complete(found, step)))
+    for folder in wanted:
+        if folder.problem is not None and folder.replaced is None and folder.key.step >= oldest:
+            report.others.append(Problem(folder.path, folder.problem))
+    if chosen:
+        report.notes += _on_some_servers(wanted, complete, oldest)
+    for key, num_shards in chosen:
+        parts = [f for f in wanted if f.key == key and num_shards in {of for _, of in f.shards}]
+        others = [other.step for other, _ in complete_keys(found) if other.step != key.step]
+        report.generations.append(check_generation(parts, key, num_shards, _remedy(key.step, others), progress))
+    return report
+
+
+def _remedy(step: int, others: Sequence[int]) -> str:
+    go_back = f", or go back to step {others[-1]} by moving step {step} away on every server" if others else ""
+    return f"put it back from a copy{go_back}"
+
+
+def _on_some_servers(found: Sequence[FoundFolder], complete: Sequence[tuple[CommitKey, int]], oldest: int) -> list[str]:
+    """Says which commits that are newer than the oldest that is checked are not complete."""
+    known = {key for key, _ in complete}
+    holders: dict[CommitKey, set[str]] = {}
+    for folder in found:
+        if folder.problem is None and folder.key not in known and folder.key.step >= oldest:
+            holders.setdefault(folder.key, set()).update(f"{shard}/{of}" for shard, of in folder.shards)
+    return [
+        f"{key} is on shard {', '.join(sorted(shards))} only: a commit that is going on, or one that was interrupted"
+        for key, shards in holders.items()
+    ]
