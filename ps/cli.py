@@ -162,7 +162,7 @@ def _folder(text: str) -> Path:
 
 
 def _size(text: str) -> int:
-    from ps.budget import parse_bytes
+    from protos.sizes import parse_bytes
 
     try:
         return parse_bytes(text)

@@ -11,8 +11,8 @@ import grpc
 
 from protos import zero_ps_pb2 as pb
 from protos import zero_ps_pb2_grpc
+from protos.sizes import format_bytes
 from ps.address import split_address
-from ps.budget import format_bytes
 
 _HEADINGS = ("ADDRESS", "SHARD", "MEMORY", "PULLED", "PUSHED", "JOB", "STEP", "COMMITTED", "TRAINERS")
 

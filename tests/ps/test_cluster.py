@@ -19,9 +19,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from protos import zero_ps_pb2 as pb
+from protos.sizes import format_bytes, parse_bytes
 from ps import LocalCluster
 from ps.address import split_address
-from ps.budget import format_bytes, parse_bytes
 from tests.ps.client import Client, error_of, start_job
 
 ROOT = Path(__file__).parents[2]
