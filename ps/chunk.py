@@ -6,6 +6,7 @@ import threading
 import torch
 
 from ps.errors import Conflict, VersionGone
+from ps.store import ChunkFile, ChunkState
 
 
 class Chunk:
@@ -17,6 +18,8 @@ class Chunk:
     weight: None until the chunk got its first. The tensor stays the same object ever after, so that
         state and views which refer to it stay true.
     state: what the optimizer keeps, under torch's own names.
+    stored: the files of a generation that have the present weight and state in them, or None. A file may be
+        gone by now.
     """
 
     def __init__(
@@ -32,6 +35,7 @@ class Chunk:
         self.lock = threading.Lock()
         self.weight: torch.Tensor | None = None
         self.state: dict[str, torch.Tensor] = {}
+        self.stored: ChunkState[ChunkFile] | None = None
         # By wire dtype: the converted weight, and whether it is of the present version.
         self._copies: dict[torch.dtype, torch.Tensor] = {}
         self._views: dict[torch.dtype, memoryview] = {}
@@ -77,7 +81,7 @@ class Chunk:
         else:
             self.weight = torch.empty(self.shape, dtype=self.dtype)
             self.weight.copy_(values.view(self.shape))
-        self._views.clear()
+        self._changed()
 
     def holds(self, values: torch.Tensor) -> bool:
         """Whether the weight has these very bits already."""
@@ -90,7 +94,12 @@ class Chunk:
         """On to the next version; expects the lock to be held."""
         self.version += 1
         if changed:
-            self._views.clear()
+            self._changed()
+
+    def _changed(self) -> None:
+        """Forgets what was derived from the former weight and state."""
+        self._views.clear()
+        self.stored = None
 
     def _converted(self, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         if dtype == self.dtype:

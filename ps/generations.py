@@ -12,7 +12,9 @@ from ps.errors import Conflict, InvalidRequest, NotFound, StorageFailed
 from ps.optimizer import ChunkOptimizer
 from ps.shard import Shard
 from ps.store import (
+    ChunkFile,
     ChunkState,
+    ChunkValue,
     CommitKey,
     GenerationHeader,
     GenerationMissingError,
@@ -60,6 +62,7 @@ class Generations:
                 chunk = shard.find(state.parameter, state.chunk)
                 chunk.write(state.weight, adopt=True)
                 chunk.state = dict(state.state)
+            self._note_files(shard, key)
         shard.check_weights()
 
     def write(self, shard: Shard, key: CommitKey, metadata: str, complete: CommitKey | None, renew: bool) -> Written:
@@ -100,16 +103,32 @@ class Generations:
             arrays = ChunkOptimizer(spec, len(shard.manifest)).arrays
         header = GenerationHeader(self._job, key, self._index, self._num_shards, shard.manifest, spec, metadata)
 
-        def kept(chunk: Chunk) -> dict[str, torch.Tensor]:
-            # What options of long ago left behind (momentum that was switched off) is not described.
-            return {name: value for name, value in chunk.state.items() if name in arrays}
+        written = self._store.write(header, (_values(chunk, arrays) for chunk in shard), arrays)
+        self._note_files(shard, key)
+        return written
 
-        chunks = (
-            ChunkState(chunk.parameter, chunk.index, chunk.weight, kept(chunk))
-            for chunk in shard
-            if chunk.weight is not None
-        )
-        return self._store.write(header, chunks, arrays)
+    def _note_files(self, shard: Shard, key: CommitKey) -> None:
+        """Has the next generation link to this one's files, for chunks that do not change until then."""
+        for files in self._store.chunk_files(key.step, key.commit_id):
+            shard.find(files.parameter, files.chunk).stored = files
+
+
+def _values(chunk: Chunk, arrays: Mapping[str, StateArray]) -> ChunkState[ChunkValue]:
+    """What a chunk is written from: files of an earlier generation where they are still right, else memory."""
+    stored = chunk.stored
+
+    def value(tensor: torch.Tensor, file: ChunkFile | None) -> ChunkValue:
+        return file if file is not None and file.path.exists() else tensor
+
+    assert chunk.weight is not None
+    weight = value(chunk.weight, stored.weight if stored else None)
+    # What options of long ago left behind (momentum that was switched off) is not described.
+    state = {
+        name: value(tensor, stored.state.get(name) if stored else None)
+        for name, tensor in chunk.state.items()
+        if name in arrays
+    }
+    return ChunkState(chunk.parameter, chunk.index, weight, state)
 
 
 @contextmanager

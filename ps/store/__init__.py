@@ -6,7 +6,9 @@ Importing this package lets zarr-python open arrays of data type `bfloat16`.
 
 from ps.store.bfloat16 import register_bfloat16
 from ps.store.contents import (
+    ChunkFile,
     ChunkState,
+    ChunkValue,
     CommitKey,
     GenerationHeader,
     OptimizerGroup,
@@ -29,7 +31,9 @@ from ps.store.job_store import JobStore
 register_bfloat16()
 
 __all__ = [
+    "ChunkFile",
     "ChunkState",
+    "ChunkValue",
     "CommitKey",
     "DamagedError",
     "DataDir",

@@ -11,6 +11,7 @@ import asyncio
 import errno
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,7 +54,8 @@ class Span:
 class ChunkFiles:
     """The chunk files of one generation. Methods may be called from several threads at once.
 
-    Writing replaces a file in place, neither atomically nor synced: whoever calls sees to both.
+    Writing replaces a file in place, neither atomically nor synced: whoever calls sees to both. A file that
+    has other names, as one that a generation links to, is left alone: a new one takes its place here.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -70,6 +72,8 @@ class ChunkFiles:
 
     def write(self, spans: Sequence[Span], buffer: torch.Tensor) -> None:
         """Writes whole chunk files from a 1-d uint8 buffer. Raises OSError."""
+        for span in spans:
+            _give_up_if_linked(self._folder / span.key)
         self._run(spans, buffer, self._pipeline.write)
         # A missing file has to mean a missing chunk, also where a chunk is all zeros. zarrs 0.2.3 leaves
         # such files out whatever `write_empty_chunks` says (tried), so they are written here.
@@ -111,6 +115,13 @@ class ChunkFiles:
             config=self._config,
             prototype=self._prototype,
         )
+
+
+def _give_up_if_linked(file: Path) -> None:
+    """The one place that keeps what generations link to from being written: zarrs writes into files in place."""
+    with suppress(FileNotFoundError):
+        if file.stat().st_nlink > 1:
+            file.unlink()
 
 
 def _as_os_error(error: RuntimeError) -> OSError:

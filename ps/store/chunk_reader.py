@@ -6,13 +6,15 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 from protos.layout import ChunkGrid, place_all
 from ps.store.arrays import ChunkedArray, state_array, value_array
+from ps.store.checksum import crc32c
 from ps.store.chunk_files import ChunkFiles, Span
-from ps.store.contents import ChunkState, GenerationHeader, StateArray
+from ps.store.contents import ChunkFile, ChunkState, ChunkValue, GenerationHeader, StateArray
 from ps.store.errors import DamagedError
 from ps.store.shard_file import HeldChunks
 
@@ -21,6 +23,9 @@ BATCH_BYTES = 16 << 20
 
 THREADS = 4
 """Batches in flight. Measured: one or two leave the disk idle in between, more gain nothing."""
+
+
+V = TypeVar("V", bound=ChunkValue)
 
 
 @dataclass(frozen=True)
@@ -65,11 +70,13 @@ class ChunkReader:
         self._remedy = remedy
         self._files = ChunkFiles(folder)
 
-    def __iter__(self) -> Iterator[ChunkState]:
-        """Every chunk. The tensors of chunks that are small, or neighbours of small ones, may be views of
-        one allocation of about `BATCH_BYTES`. Raises DamagedError, naming the file.
+    def __iter__(self) -> Iterator[ChunkState[torch.Tensor]]:
+        """Every chunk, its files' checksums compared where the generation has some.
+
+        The tensors of chunks that are small, or neighbours of small ones, may be views of one allocation of
+        about `BATCH_BYTES`. Raises DamagedError, naming the file.
         """
-        running: deque[Future[list[ChunkState]]] = deque()
+        running: deque[Future[list[ChunkState[torch.Tensor]]]] = deque()
         executor = ThreadPoolExecutor(THREADS, thread_name_prefix="store-read")
         try:
             for batch in self._batches():
@@ -80,6 +87,19 @@ class ChunkReader:
                 yield from running.popleft().result()
         finally:
             executor.shutdown(cancel_futures=True)
+
+    def files(self) -> Iterator[ChunkState[ChunkFile]]:
+        """The file of every chunk, none of them looked at. Raises DamagedError if one is not listed."""
+        for chunk in self._chunks():
+            files = {
+                tensor.name: ChunkFile(
+                    self._folder / tensor.array.chunk_key(tensor.chunk),
+                    self._held.crc32c(tensor.array, tensor.chunk),
+                    synced=True,
+                )
+                for tensor in chunk.tensors
+            }
+            yield _as_state(chunk, files)
 
     def _chunks(self) -> Iterator[_Chunk]:
         header = self._header
@@ -116,9 +136,10 @@ class ChunkReader:
         if batch:
             yield batch
 
-    def _read(self, batch: list[_Chunk]) -> list[ChunkState]:
+    def _read(self, batch: list[_Chunk]) -> list[ChunkState[torch.Tensor]]:
         spans, offset = [], 0
-        for tensor in (tensor for chunk in batch for tensor in chunk.tensors):
+        tensors = [tensor for chunk in batch for tensor in chunk.tensors]
+        for tensor in tensors:
             span = Span(tensor.array.chunk_key(tensor.chunk), tensor.array.chunk_bytes, offset, tensor.bytes)
             self._check_size(span)
             spans.append(span)
@@ -129,6 +150,8 @@ class ChunkReader:
             self._files.read(spans, buffer)
         except OSError as error:
             raise DamagedError(f"cannot read chunks in {self._folder}: {error}; {self._remedy}") from error
+        for tensor, span in zip(tensors, spans, strict=True):
+            self._check_bytes(tensor, span, buffer[span.offset : span.offset + span.size])
         places = iter(spans)
         return [_assemble(chunk, places, buffer) for chunk in batch]
 
@@ -141,12 +164,25 @@ class ChunkReader:
         if size != span.file_bytes:
             raise DamagedError(f"{file} has {size} bytes, and the chunk has {span.file_bytes}; {self._remedy}")
 
+    def _check_bytes(self, tensor: _Tensor, span: Span, read: torch.Tensor) -> None:
+        expected = self._held.crc32c(tensor.array, tensor.chunk)
+        # The padding of an array's last chunk is not read. It was zeros when it was written.
+        if expected is not None and (found := crc32c(read, span.file_bytes)) != expected:
+            raise DamagedError(
+                f"{self._folder / span.key} is damaged: its CRC32C is {found:08x}, and it was written with "
+                f"{expected:08x}; {self._remedy}"
+            )
 
-def _assemble(chunk: _Chunk, places: Iterator[Span], buffer: torch.Tensor) -> ChunkState:
+
+def _assemble(chunk: _Chunk, places: Iterator[Span], buffer: torch.Tensor) -> ChunkState[torch.Tensor]:
     tensors: dict[str | None, torch.Tensor] = {}
     for tensor in chunk.tensors:
         span = next(places)
         part = buffer[span.offset : span.offset + span.size]
         tensors[tensor.name] = part.view(tensor.array.dtype).view(tensor.shape)
-    weight = tensors.pop(None)
-    return ChunkState(chunk.parameter, chunk.chunk, weight, {str(n): t for n, t in tensors.items()})
+    return _as_state(chunk, tensors)
+
+
+def _as_state(chunk: _Chunk, values: dict[str | None, V]) -> ChunkState[V]:
+    weight = values.pop(None)
+    return ChunkState(chunk.parameter, chunk.chunk, weight, {str(name): value for name, value in values.items()})

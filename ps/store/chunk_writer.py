@@ -1,19 +1,26 @@
-"""Writes chunks while they are being handed over: many files in flight, synced as they go."""
+"""Writes chunks while they are being handed over: many files in flight, synced behind."""
 
+import errno
+import os
+import shutil
+import threading
 from collections import defaultdict, deque
+from collections.abc import Callable, Mapping
 from concurrent.futures import Executor, Future
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from protos.layout import ChunkGrid, place_all
-from ps.store import durable
+from ps.store import checksum, durable
 from ps.store.arrays import ChunkedArray, state_array, value_array
 from ps.store.chunk_files import ChunkFiles, Span
-from ps.store.contents import ChunkState, GenerationHeader, StateArray
+from ps.store.contents import ChunkFile, ChunkState, ChunkValue, GenerationHeader, StateArray
+from ps.store.errors import DamagedError
 
-IN_FLIGHT = 32
-"""Write calls begun and not finished. More hide no more of the disk's latency and hold more chunks."""
+IN_FLIGHT = 16
+"""Write calls begun and not finished. More keep no more cores busy and hold more chunks."""
 
 DIRECT_BYTES = 1 << 20
 """A tensor of at least this size is written from where it is, in a call of its own. Smaller ones are
@@ -22,22 +29,49 @@ copied together first: a call costs half a millisecond, however little it writes
 TOGETHER = 32
 """The most small tensors of one call: each is a file, and a call's files are synced one after another."""
 
-_File = tuple[str, torch.Tensor, int]
+_NO_LINKS = (errno.EXDEV, errno.EMLINK, errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP)
+"""Why a file cannot be linked here and has to be copied: another file system, too many links, none at all."""
+
+
+class _Handover:
+    """Counts down the parts of a chunk that still have to be where they are."""
+
+    def __init__(self, taken: Callable[[], None]) -> None:
+        self._taken = taken
+        self._lock = threading.Lock()
+        self._parts = 1
+
+    def expect(self) -> None:
+        with self._lock:
+            self._parts += 1
+
+    def done(self) -> None:
+        with self._lock:
+            self._parts -= 1
+            last = self._parts == 0
+        if last:
+            self._taken()
 
 
 class ChunkWriter:
     """Writes the chunks of one generation into a folder. Used by one thread.
 
-    Tensors must not change until `finish` has returned: large ones are written without a copy.
+    writers, syncers: run what writes bytes, and what waits until they are on the disk.
     """
 
     def __init__(
-        self, folder: Path, header: GenerationHeader, states: dict[str, StateArray], executor: Executor
+        self,
+        folder: Path,
+        header: GenerationHeader,
+        states: Mapping[str, StateArray],
+        writers: Executor,
+        syncers: Executor,
     ) -> None:
         self._folder = folder
         self._header = header
         self._states = states
-        self._executor = executor
+        self._writers = writers
+        self._syncers = syncers
         self._files = ChunkFiles(folder)
         placement = place_all([p.shape for p in header.manifest], header.num_shards)
         self._missing = {
@@ -46,14 +80,23 @@ class ChunkWriter:
             for chunk, shard in enumerate(shards)
             if shard == header.shard
         }
-        self._running: deque[Future[None]] = deque()
-        self._small: list[_File] = []
+        self._writing: deque[Future[None]] = deque()
+        self._syncing: deque[Future[None]] = deque()
+        self._small: list[tuple[ChunkedArray, int, torch.Tensor]] = []
         self._small_bytes = 0
-        self._written: dict[ChunkedArray, list[int]] = defaultdict(list)
+        self._written: dict[ChunkedArray, dict[int, int]] = defaultdict(dict)
+        self._bytes_lock = threading.Lock()
+        self.bytes_written = 0
 
-    def add(self, chunk: ChunkState) -> None:
-        """Takes one chunk. Raises ValueError for a chunk that is not this shard's, was added before, or
-        does not have the shapes and dtypes that header and state arrays state; OSError if a write fails.
+    def add(self, chunk: ChunkState[ChunkValue], taken: Callable[[], None] = lambda: None) -> None:
+        """Takes one chunk. Its tensors must not change, nor its files go, until `taken` was called.
+
+        taken: called from any thread once the operating system has all of the chunk's bytes. Large tensors
+            are written without a copy.
+
+        Raises ValueError for a chunk that is not this shard's, was added before, or does not have the shapes
+        and dtypes that header and state arrays state; OSError if a write fails; DamagedError for a file that
+        is not there or cannot be a chunk's.
         """
         header = self._header
         place = (chunk.parameter, chunk.chunk)
@@ -65,23 +108,27 @@ class ChunkWriter:
         self._missing.remove(place)
         parameter = header.manifest[chunk.parameter]
         shape = ChunkGrid.of(parameter.shape).chunk_shape(chunk.chunk)
-        self._add(value_array(parameter), chunk.chunk, chunk.weight, shape)
+        handover = _Handover(taken)
+        self._add(value_array(parameter), chunk.chunk, chunk.weight, shape, handover)
         if chunk.state and not parameter.has_state:
             raise ValueError(f"{parameter.name!r} is not trained and cannot have optimizer state")
-        for name, tensor in chunk.state.items():
+        for name, value in chunk.state.items():
             if name not in self._states:
                 raise ValueError(f"state {name!r} of {parameter.name!r} is not among {sorted(self._states)}")
             state = self._states[name]
-            self._add(state_array(parameter, state), chunk.chunk, tensor, shape if state.per_element else ())
+            array = state_array(parameter, state)
+            self._add(array, chunk.chunk, value, shape if state.per_element else (), handover)
+        handover.done()
 
-    def finish(self) -> dict[ChunkedArray, list[int]]:
-        """Waits until every chunk file is on the disk. Returns the chunks written of each array.
+    def finish(self) -> Mapping[ChunkedArray, Mapping[int, int]]:
+        """Waits until every chunk file is on the disk. Returns each array's chunks, with their files' CRC32C.
 
         Raises ValueError if a chunk of this shard was not added, OSError if a write failed.
         """
         self._flush_small()
-        while self._running:
-            self._running.popleft().result()
+        for running in (self._writing, self._syncing):
+            while running:
+                running.popleft().result()
         if self._missing:
             parameter, chunk = min(self._missing)
             raise ValueError(
@@ -90,52 +137,107 @@ class ChunkWriter:
             )
         return self._written
 
-    def _add(self, array: ChunkedArray, chunk: int, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
-        if tensor.shape != shape or tensor.dtype != array.dtype:
+    def _add(
+        self, array: ChunkedArray, chunk: int, value: ChunkValue, shape: tuple[int, ...], handover: _Handover
+    ) -> None:
+        if isinstance(value, ChunkFile):
+            handover.expect()
+            self._submit(self._link, array, chunk, value, handover)
+            return
+        if value.shape != shape or value.dtype != array.dtype:
             raise ValueError(
-                f"chunk {chunk} of {array.path} has shape {tuple(tensor.shape)} and {tensor.dtype}, "
+                f"chunk {chunk} of {array.path} has shape {tuple(value.shape)} and {value.dtype}, "
                 f"expected {shape} and {array.dtype}"
             )
-        self._written[array].append(chunk)
-        tensor = tensor.detach()
-        file = (array.chunk_key(chunk), tensor, array.chunk_bytes)
+        tensor = value.detach()
         whole = tensor.nbytes == array.chunk_bytes and tensor.is_contiguous() and tensor.device.type == "cpu"
         if whole and tensor.nbytes >= DIRECT_BYTES:
-            self._submit([file])
+            handover.expect()
+            self._submit(self._write_direct, array, chunk, tensor, handover)
             return
-        self._small.append(file)
+        # Zeroed, since the last chunk of an array is padded to the length of the others; and up to where the
+        # next one can be viewed in any dtype.
+        padded = torch.zeros(-(-array.chunk_bytes // 64) * 64, dtype=torch.uint8)
+        padded[: tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+        self._small.append((array, chunk, padded))
         self._small_bytes += array.chunk_bytes
         if self._small_bytes >= DIRECT_BYTES or len(self._small) >= TOGETHER:
             self._flush_small()
 
     def _flush_small(self) -> None:
         if self._small:
-            self._submit(self._small)
+            self._submit(self._write_together, self._small)
         self._small, self._small_bytes = [], 0
 
-    def _submit(self, files: list[_File]) -> None:
-        while len(self._running) >= IN_FLIGHT:
-            self._running.popleft().result()
-        self._running.append(self._executor.submit(self._write, files))
+    def _submit(self, task: Callable[..., None], *arguments: object) -> None:
+        while len(self._writing) >= IN_FLIGHT:
+            self._writing.popleft().result()
+        while self._syncing and self._syncing[0].done():
+            self._syncing.popleft().result()
+        self._writing.append(self._writers.submit(task, *arguments))
 
-    def _write(self, files: list[_File]) -> None:
+    def _write_direct(self, array: ChunkedArray, chunk: int, tensor: torch.Tensor, handover: _Handover) -> None:
+        buffer = tensor.reshape(-1).view(torch.uint8)
+        self._files.write([Span(array.chunk_key(chunk), array.chunk_bytes, 0, array.chunk_bytes)], buffer)
+        self._written[array][chunk] = checksum.crc32c(buffer)
+        handover.done()
+        self._wrote([array.chunk_key(chunk)], array.chunk_bytes)
+
+    def _write_together(self, files: list[tuple[ChunkedArray, int, torch.Tensor]]) -> None:
         spans, offset = [], 0
-        for key, _, file_bytes in files:
-            spans.append(Span(key, file_bytes, offset, file_bytes))
-            offset += _aligned(file_bytes)
-        if len(files) == 1 and files[0][1].nbytes == offset and files[0][1].is_contiguous():
-            buffer = files[0][1].reshape(-1).view(torch.uint8)
-        else:
-            # Zeroed, since the last chunk of an array is padded to the length of the others.
-            buffer = torch.zeros(offset, dtype=torch.uint8)
-            for (_, tensor, _), span in zip(files, spans, strict=True):
-                place = buffer[span.offset : span.offset + tensor.nbytes]
-                place.view(tensor.dtype).view(tensor.shape).copy_(tensor)
-        self._files.write(spans, buffer)
-        for span in spans:
-            durable.sync(self._folder / span.key)
+        for array, chunk, padded in files:
+            spans.append(Span(array.chunk_key(chunk), array.chunk_bytes, offset, array.chunk_bytes))
+            offset += len(padded)
+        self._files.write(spans, files[0][2] if len(files) == 1 else torch.cat([padded for _, _, padded in files]))
+        for array, chunk, padded in files:
+            self._written[array][chunk] = checksum.crc32c(padded[: array.chunk_bytes])
+        self._wrote([span.key for span in spans], sum(span.size for span in spans))
+
+    def _link(self, array: ChunkedArray, chunk: int, file: ChunkFile, handover: _Handover) -> None:
+        """Gives a file a second name, so that nothing of it is read or written; where that cannot be, copies it."""
+        key = array.chunk_key(chunk)
+        target = self._folder / key
+        target.parent.mkdir(mode=durable.FOLDER_MODE, parents=True, exist_ok=True)
+        synced = file.synced
+        try:
+            os.link(file.path, target)
+        except FileNotFoundError as error:
+            raise DamagedError(f"{file.path}, which holds chunk {chunk} of {array.path}, is gone") from error
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            shutil.copyfile(file.path, target)
+            synced = False
+            self._count(array.chunk_bytes)
+        size = target.stat().st_size
+        if size != array.chunk_bytes:
+            raise DamagedError(f"{file.path} has {size} bytes, and chunk {chunk} of {array.path} {array.chunk_bytes}")
+        known = file.crc32c
+        self._written[array][chunk] = _checksum_of(target) if known is None else known
+        handover.done()
+        if not synced:
+            self._sync([key])
+
+    def _wrote(self, keys: list[str], size: int) -> None:
+        self._count(size)
+        self._sync(keys)
+
+    def _count(self, size: int) -> None:
+        with self._bytes_lock:
+            self.bytes_written += size
+
+    def _sync(self, keys: list[str]) -> None:
+        self._syncing.append(self._syncers.submit(self._sync_files, keys))
+
+    def _sync_files(self, keys: list[str]) -> None:
+        for key in keys:
+            durable.sync(self._folder / key)
 
 
-def _aligned(size: int) -> int:
-    """`size` rounded up, so that what follows can be viewed in any dtype."""
-    return -(-size // 64) * 64
+def _checksum_of(file: Path) -> int:
+    value = 0
+    piece = np.empty(checksum.PIECE_BYTES, dtype=np.uint8)
+    with file.open("rb", buffering=0) as opened:
+        while size := opened.readinto(piece.data):
+            value = checksum.extend(value, piece[:size])
+    return value

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Generic, Literal, TypeVar
 
 import torch
 
@@ -92,20 +92,41 @@ class GenerationHeader:
     metadata: str
 
 
-@dataclass
-class ChunkState:
-    """One chunk: its weight and what the optimizer keeps for it.
+@dataclass(frozen=True)
+class ChunkFile:
+    """A complete file of one chunk of one array: the bytes that a generation would have in it, padding included.
+
+    Generations link to such files, so nothing may write into one once it is stated here; see
+    `ChunkFiles.write`, which never does.
+
+    crc32c: of the whole file; None if it is not known.
+    synced: whether the bytes are known to be on the disk.
+    """
+
+    path: Path
+    crc32c: int | None = None
+    synced: bool = False
+
+
+ChunkValue = torch.Tensor | ChunkFile
+"""What a chunk's weight, or one kind of its state, is written from."""
+
+V_co = TypeVar("V_co", bound=ChunkValue, covariant=True)
+
+
+@dataclass(frozen=True)
+class ChunkState(Generic[V_co]):
+    """One chunk: its weight and what the optimizer keeps for it, as tensors, as files, or some of each.
 
     parameter: index into the manifest.
-    weight: shape `ChunkGrid.chunk_shape(chunk)`, dtype as in the manifest.
-    state: by torch's own names, tensors of the weight's shape or 0-d ones. Empty if the chunk was
-        never stepped.
+    weight: as a tensor, shape `ChunkGrid.chunk_shape(chunk)`, dtype as in the manifest.
+    state: by torch's own names, of the weight's shape or 0-d. Empty if the chunk was never stepped.
     """
 
     parameter: int
     chunk: int
-    weight: torch.Tensor
-    state: dict[str, torch.Tensor] = field(default_factory=dict)
+    weight: V_co
+    state: Mapping[str, V_co] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

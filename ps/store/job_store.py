@@ -2,17 +2,20 @@
 
 import logging
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
+
+import torch
 
 from protos.names import check_id, check_job_name
 from ps.store import attributes, durable, generation_folders, shard_file
 from ps.store.arrays import METADATA_FILE, all_arrays, check_names, group_metadata
 from ps.store.chunk_reader import ChunkReader
 from ps.store.chunk_writer import ChunkWriter
-from ps.store.contents import ChunkState, CommitKey, GenerationHeader, StateArray, Written
+from ps.store.contents import ChunkFile, ChunkState, ChunkValue, CommitKey, GenerationHeader, StateArray, Written
 from ps.store.errors import GenerationMissingError, StoreError, disk_errors
 from ps.store.fields import Fields
 from ps.store.generation_folders import GenerationFolder
@@ -20,8 +23,11 @@ from ps.store.generation_folders import GenerationFolder
 GENERATIONS = "generations"
 """The folder in a job's folder that holds its generations."""
 
-WRITE_THREADS = 16
-"""Threads that write and sync. They mostly wait for the disk, and 16 beat 8 and 4."""
+WRITE_THREADS = 4
+"""Threads that write chunks. They copy bytes to the operating system."""
+
+SYNC_THREADS = 16
+"""Threads that sync. They wait for the disk, and 16 beat 8 and 4."""
 
 _log = logging.getLogger(__name__)
 
@@ -64,28 +70,36 @@ class JobStore:
         """
         return self._read_header(self._find(step, commit_id))[0]
 
-    def read_chunks(self, step: int, commit_id: str | None = None) -> Iterator[ChunkState]:
+    def read_chunks(self, step: int, commit_id: str | None = None) -> Iterator[ChunkState[torch.Tensor]]:
         """This shard's chunks in the order of the manifest, read ahead in batches of about 16 MiB.
+
+        Every file's checksum is compared, if the generation has checksums.
 
         Tensors are on the CPU, contiguous, and the caller's. Small chunks of one batch share an
         allocation. Raises as `read_header` does, at once or while iterating.
         """
-        generation = self._find(step, commit_id)
-        header, states = self._read_header(generation)
-        remedy = self._remedy(generation)
-        held = shard_file.read(generation.path, step, self._shard, self._num_shards, remedy)
-        return iter(ChunkReader(generation.path, header, states, held, remedy))
+        return iter(self._reader(step, commit_id))
+
+    def chunk_files(self, step: int, commit_id: str | None = None) -> Iterator[ChunkState[ChunkFile]]:
+        """The files of this shard's chunks in the order of the manifest, for a later generation to link to.
+
+        They stay where they are until the generation is pruned or replaced. Raises as `read_header` does.
+        """
+        return self._reader(step, commit_id).files()
 
     def write(
         self,
         header: GenerationHeader,
-        chunks: Iterable[ChunkState],
+        chunks: Iterable[ChunkState[ChunkValue]],
         state_arrays: Mapping[str, StateArray],
+        taken: Callable[[ChunkState[ChunkValue]], None] = lambda chunk: None,
     ) -> Written:
         """Writes a generation: when this returns, it survives the loss of power.
 
-        chunks: all chunks of this shard, in any order, taken one by one. Their tensors must not change
-            until this returns: large ones are written without a copy.
+        chunks: all chunks of this shard, in any order, taken one by one. What comes as a file is linked to
+            where the disk allows, else copied.
+        taken: called from any thread with each chunk whose tensors may change, and whose files may go, from
+            then on. Until then they must not: large tensors are written without a copy.
         state_arrays: what the optimizer class keeps, by name, the same on every server.
 
         A generation of this commit that exists already is left as it is. One of another commit of this
@@ -112,7 +126,7 @@ class JobStore:
             temporary = durable.temporary_name(path)
             try:
                 temporary.mkdir(mode=durable.FOLDER_MODE)
-                written_bytes = self._write_into(temporary, header, chunks, dict(state_arrays))
+                written_bytes = self._write_into(temporary, header, chunks, dict(state_arrays), taken)
                 if path.exists():
                     generation_folders.set_aside(self._folder, step)
                 temporary.rename(path)
@@ -177,23 +191,33 @@ class JobStore:
         self,
         folder: Path,
         header: GenerationHeader,
-        chunks: Iterable[ChunkState],
+        chunks: Iterable[ChunkState[ChunkValue]],
         states: dict[str, StateArray],
+        taken: Callable[[ChunkState[ChunkValue]], None],
     ) -> int:
-        executor = ThreadPoolExecutor(WRITE_THREADS, thread_name_prefix="store-write")
+        writers = ThreadPoolExecutor(WRITE_THREADS, thread_name_prefix="store-write")
+        syncers = ThreadPoolExecutor(SYNC_THREADS, thread_name_prefix="store-sync")
         try:
-            durable.write_files(_metadata_files(folder, header, states), executor)
-            writer = ChunkWriter(folder, header, states, executor)
+            durable.write_files(_metadata_files(folder, header, states), syncers)
+            writer = ChunkWriter(folder, header, states, writers, syncers)
             for chunk in chunks:
-                writer.add(chunk)
+                writer.add(chunk, partial(taken, chunk))
             written = writer.finish()
             own = shard_file.encode(header.key.step, self._shard, self._num_shards, written)
             durable.write_file(folder / self._own_file, own)
-            durable.sync_folders(folder, executor)
+            durable.sync_folders(folder, syncers)
         finally:
             # Waits for what is running: nothing may write into a folder that is being removed.
-            executor.shutdown(cancel_futures=True)
-        return sum(array.chunk_bytes * len(chunks) for array, chunks in written.items())
+            writers.shutdown(cancel_futures=True)
+            syncers.shutdown(cancel_futures=True)
+        return writer.bytes_written
+
+    def _reader(self, step: int, commit_id: str | None) -> ChunkReader:
+        generation = self._find(step, commit_id)
+        header, states = self._read_header(generation)
+        remedy = self._remedy(generation)
+        held = shard_file.read(generation.path, step, self._shard, self._num_shards, remedy)
+        return ChunkReader(generation.path, header, states, held, remedy)
 
     def _generations(self) -> list[GenerationFolder]:
         return generation_folders.find(self._folder, self._own_file)

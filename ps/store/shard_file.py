@@ -22,24 +22,34 @@ def file_name(shard: int, num_shards: int) -> str:
 
 @dataclass(frozen=True)
 class HeldChunks:
-    """The chunks in a generation's folder on one server, by the path of their array."""
+    """The chunks in a generation's folder on one server, by the path of their array.
 
-    chunks: Mapping[str, frozenset[int]]
+    Each with the CRC32C of its file, or None where the generation was written without.
+    """
+
+    chunks: Mapping[str, Mapping[int, int | None]]
 
     def __contains__(self, place: tuple[ChunkedArray, int]) -> bool:
         array, chunk = place
         return chunk in self.chunks.get(array.path, ())
 
+    def crc32c(self, array: ChunkedArray, chunk: int) -> int | None:
+        return self.chunks[array.path][chunk]
 
-def encode(step: int, shard: int, num_shards: int, written: Mapping[ChunkedArray, list[int]]) -> bytes:
-    """The file's content. `written` has the chunks of each array that were written."""
+
+def encode(step: int, shard: int, num_shards: int, written: Mapping[ChunkedArray, Mapping[int, int]]) -> bytes:
+    """The file's content. `written` has the chunks of each array that were written, and their files' CRC32C."""
     document = {
         "format": FORMAT,
         "step": step,
         "shard": shard,
         "num_shards": num_shards,
         "arrays": {
-            array.path: {"chunk_bytes": array.chunk_bytes, "chunks": sorted(chunks)}
+            array.path: {
+                "chunk_bytes": array.chunk_bytes,
+                "chunks": sorted(chunks),
+                "crc32c": [chunks[chunk] for chunk in sorted(chunks)],
+            }
             for array, chunks in written.items()
         },
     }
@@ -54,4 +64,15 @@ def read(folder: Path, step: int, shard: int, num_shards: int, remedy: str) -> H
         if fields.integer(name) != expected:
             fields.refuse(name, f"is {fields.integer(name)}, and the file's place says {expected}")
     arrays = fields.child("arrays")
-    return HeldChunks({path: frozenset(arrays.child(path).integers("chunks")) for path in arrays.names()})
+    return HeldChunks({path: _checksums(arrays.child(path)) for path in arrays.names()})
+
+
+def _checksums(array: Fields) -> dict[int, int | None]:
+    chunks = array.integers("chunks")
+    if "crc32c" not in array.names():
+        # Written by a version that had no checksums yet.
+        return dict.fromkeys(chunks)
+    checksums = array.integers("crc32c", largest=(1 << 32) - 1)
+    if len(checksums) != len(chunks):
+        array.refuse("crc32c", f"has {len(checksums)} entries for {len(chunks)} chunks")
+    return dict(zip(chunks, checksums, strict=True))

@@ -47,7 +47,7 @@ class Model:
     ) -> GenerationHeader:
         return GenerationHeader(job, CommitKey(step, commit_id), shard, num_shards, self.manifest, optimizer, metadata)
 
-    def chunks(self, shard: int = 0, num_shards: int = 1) -> Iterator[ChunkState]:
+    def chunks(self, shard: int = 0, num_shards: int = 1) -> Iterator[ChunkState[torch.Tensor]]:
         """The chunks of a shard in the order of the manifest, each a tensor of its own."""
         placement = place_all([p.shape for p in self.manifest], num_shards)
         for index, shards in enumerate(placement):

@@ -1,6 +1,7 @@
 """Commits survive every process; what goes on from one goes on with the same bits."""
 
 import json
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -264,7 +265,7 @@ def test_a_renewed_commit_is_written_under_its_own_id(address: str, job_name: st
     (client,) = start_job(address, random_parameters(), job=job_name)
     commit(client, 0, commit_id="a", metadata='{"n": 1}')
     renewed = commit(client, 0, commit_id="b", metadata='{"n": 2}', renew=True)
-    assert renewed.commit_id == "b" and renewed.bytes_written > 0
+    assert (renewed.commit_id, renewed.bytes_written) == ("b", 0), "its chunks are links"
     again = commit(client, 0, commit_id="b", renew=True)
     assert (again.commit_id, again.bytes_written) == ("b", 0)
     assert listed(address, job_name) == [(0, "a"), (0, "b")]
@@ -389,3 +390,34 @@ def test_a_reader_creates_nothing(address: str, job_name: str) -> None:
     code, message = error_of(lambda: reader.open_job(random_parameters()))
     assert code == grpc.StatusCode.FAILED_PRECONDITION
     assert "has no state on this server, and a read-only session cannot create it" in message
+
+
+def test_what_did_not_change_is_linked_to_the_generation_before(address: str, job_name: str) -> None:
+    """A parameter without a gradient stands for frozen weights."""
+    (client,) = start_job(address, random_parameters(), "AdamW", job=job_name, lr=0.1)
+    train(client, 0, 1)
+    first = Path(commit(client, 1).path)
+    client.call("ZeroGrad", step=1)
+    client.push_gradient(2, torch.ones(17, 3), step=1)
+    client.step(1)
+    second = commit(client, 2)
+    assert second.bytes_written == 17 * 3 * 4 * 3 + 4
+    for key, linked in (
+        ("weight/b/c/0/0", True),
+        ("exp_avg/b/c/0/0", True),
+        ("step/b/c/0", True),
+        ("weight/c/c/0/0", False),
+    ):
+        assert os.path.samefile(first / key, Path(second.path) / key) == linked, key
+    expected = train(client, 2, 4)
+    # Also after a restore the files that it was read from are known.
+    client.call("Restore", step=2)
+    client.set_optimizer("AdamW", lr=0.1)
+    client.push_gradient(2, torch.ones(17, 3), step=2)
+    client.step(2)
+    third = commit(client, 3, complete=pb.CommittedGeneration(step=2, commit_id=client.commits[job_name, 2]))
+    assert third.bytes_written == 17 * 3 * 4 * 3 + 4
+    assert os.path.samefile(Path(second.path) / "weight/b/c/0/0", Path(third.path) / "weight/b/c/0/0")
+    client.call("Restore", step=2)
+    client.set_optimizer("AdamW", lr=0.1)
+    assert all(map(torch.equal, train(client, 2, 4), expected))
