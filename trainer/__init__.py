@@ -17,6 +17,7 @@ from trainer.errors import (
     DeadlineExceeded,
     JobMismatch,
     ModifiedParameterError,
+    OutOfBudget,
     ReleasedParameterError,
     RequestRefused,
     ServerFailure,
@@ -27,6 +28,7 @@ from trainer.gathering import gathered
 from trainer.job import Job
 from trainer.offload import offload, release, remove
 from trainer.optimizer import RemoteOptimizer, clip_grad_norm_
+from trainer.report import Report, record_timeline, report
 
 __all__ = [
     "ConfigError",
@@ -36,8 +38,10 @@ __all__ = [
     "JobMismatch",
     "ModifiedParameterError",
     "OffloadConfig",
+    "OutOfBudget",
     "ReleasedParameterError",
     "RemoteOptimizer",
+    "Report",
     "RequestRefused",
     "ServerFailure",
     "TrainerLost",
@@ -46,6 +50,8 @@ __all__ = [
     "connect",
     "gathered",
     "offload",
+    "record_timeline",
     "release",
     "remove",
+    "report",
 ]

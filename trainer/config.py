@@ -16,6 +16,13 @@ class OffloadConfig:
         are refreshed together after each step: fetching a bias costs a round trip and frees nothing.
     model_persistence_threshold: the most elements that stay gathered for that reason; smaller
         parameters are preferred. Bounds what persistence may cost in memory.
+    max_live_parameters, max_live_bytes: the most elements, and bytes, of parameters that are resident at
+        any instant: whole, on their way, or staged for a device; small ones that stay, too. Gathering waits
+        and evicts to keep both. None for `max_live_bytes` means that only the elements count.
+    prefetch_bucket_size: the most elements that are asked for together ahead of time; a larger parameter
+        is asked for alone. 0 asks for nothing ahead of time.
+    max_reuse_distance: a parameter stays after its use if it is used again before this many elements of
+        other parameters are, and its room is not needed before that. 0 releases at once.
     leaf_modules: submodules that are gathered and released as one unit, with everything below them: classes,
         or fully qualified names. For subtrees whose parts run too often or too irregularly to be hooked
         one by one, as the experts of a mixture.
@@ -31,6 +38,10 @@ class OffloadConfig:
 
     param_persistence_threshold: int = 100_000
     model_persistence_threshold: int = 16_000_000
+    max_live_parameters: int = 1_000_000_000
+    max_live_bytes: int | None = None
+    prefetch_bucket_size: int = 4_000_000
+    max_reuse_distance: int = 1_000_000_000
     leaf_modules: tuple[type[nn.Module] | str, ...] = ()
     module_granularity_threshold: int = 0
     param_dtype: torch.dtype | None = None
@@ -41,12 +52,18 @@ class OffloadConfig:
         for name in (
             "param_persistence_threshold",
             "model_persistence_threshold",
+            "max_live_parameters",
+            "prefetch_bucket_size",
+            "max_reuse_distance",
             "module_granularity_threshold",
             "max_inflight_push_bytes",
         ):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 0:
                 raise ConfigError(f"OffloadConfig.{name} has to be a whole number of at least 0, not {value!r}")
+        limit = self.max_live_bytes
+        if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
+            raise ConfigError(f"OffloadConfig.max_live_bytes has to be a whole number of bytes or None, not {limit!r}")
         for leaf in self.leaf_modules:
             if not isinstance(leaf, str) and not (isinstance(leaf, type) and issubclass(leaf, nn.Module)):
                 raise ConfigError(f"OffloadConfig.leaf_modules takes classes of modules and names, not {leaf!r}")

@@ -9,6 +9,10 @@ class ConfigError(ZeroPsError, ValueError):
     """An argument or a setting that cannot work; nothing was changed."""
 
 
+class OutOfBudget(ConfigError):
+    """A module's parameters cannot be whole at once within the limits that were set."""
+
+
 class ConnectError(ZeroPsError):
     """A server cannot be reached, is not the one that was expected, or went away."""
 

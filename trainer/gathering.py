@@ -34,7 +34,7 @@ def gathered(params: nn.Module | torch.Tensor | Iterable[torch.Tensor], *, modif
     for model, group in groups:
         if modify:
             model.job.barrier("entering gathered(modify=True)")
-        model.coordinator.fetch(group)
+        model.coordinator.fetch(group, "trainer.gathered")
         for state in group:
             state.activate()
             # A loss may be computed here, and its backward may come after.
@@ -66,7 +66,7 @@ def gathered(params: nn.Module | torch.Tensor | Iterable[torch.Tensor], *, modif
             for state in states:
                 state.deactivate()
             for model, group in groups:
-                model.coordinator.fetch([state for state in group if state.active])
+                model.coordinator.fetch([state for state in group if state.active], "trainer.gathered")
                 model.coordinator.release(group)
             for state in kept:
                 # What contexts around this one, in which it is still whole, are to compare with.

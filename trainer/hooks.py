@@ -6,6 +6,7 @@ turns out to use while it runs.
 """
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -28,7 +29,7 @@ _FORGET_AFTER = 3
 class Frame:
     """One running forward."""
 
-    __slots__ = ("expected", "hooks_saved", "states", "unit")
+    __slots__ = ("began_at", "expected", "hooks_saved", "states", "unit")
 
     def __init__(self, unit: "Unit") -> None:
         self.unit = unit
@@ -36,6 +37,7 @@ class Frame:
         # Gathered because earlier forwards turned out to use them; still guarded, so that it shows.
         self.expected: list[OffloadedParameter] = []
         self.hooks_saved = False
+        self.began_at = 0.0
 
     def use(self, states: Sequence[OffloadedParameter]) -> None:
         """Gathers parameters and keeps them in use until the forward ends."""
@@ -49,10 +51,9 @@ class Frame:
         self._fetch(states)
         self.expected.extend(states)
 
-    @staticmethod
-    def _fetch(states: Sequence[OffloadedParameter]) -> None:
+    def _fetch(self, states: Sequence[OffloadedParameter]) -> None:
         for model in dict.fromkeys(state.model for state in states):
-            model.coordinator.fetch([state for state in states if state.model is model])
+            model.coordinator.fetch([state for state in states if state.model is model], self.unit.name)
 
     def end(self) -> None:
         """Raises ModifiedParameterError when the forward changed a parameter: the change would be lost."""
@@ -119,7 +120,7 @@ class Unit:
             before = torch.compiler.disable(before)  # type: ignore[no-untyped-call]
             after = torch.compiler.disable(after)  # type: ignore[no-untyped-call]
         self._handles = [
-            module.register_forward_pre_hook(before, prepend=True),
+            module.register_forward_pre_hook(before, prepend=True, with_kwargs=True),
             # always_call: after an exception too.
             module.register_forward_hook(after, always_call=True),
         ]
@@ -132,10 +133,10 @@ class Unit:
         """The running forward uses the parameter."""
         self.external[state] = -1
 
-    def _before_forward(self, module: nn.Module, args: object) -> None:
+    def _before_forward(self, module: nn.Module, args: object, kwargs: object) -> None:
         stack = _frames.stack
         if not stack or stack[-1].unit.model is not self.model:
-            self.model.before_root_forward()
+            self.model.before_root_forward(self, (args, kwargs))
         frame = Frame(self)
         # First of all, so that the hook after forward finds it whatever happens here.
         stack.append(frame)
@@ -159,6 +160,8 @@ class Unit:
             frame.hooks_saved = saved.push_hooks()
             for state in states:
                 state.model.gradients.watch(state)
+        if self.model.coordinator.timeline is not None:
+            frame.began_at = time.perf_counter()
 
     def _forget_unused(self) -> None:
         """Stops expecting what several forwards in a row did not use, as experts that are not chosen."""
@@ -178,8 +181,12 @@ class Unit:
     def _after_forward(self, module: nn.Module, args: object, output: object) -> None:
         stack = _frames.stack
         if stack and stack[-1].unit is self:
-            stack.pop().end()
+            frame = stack.pop()
+            if (timeline := self.model.coordinator.timeline) is not None and frame.began_at:
+                timeline.ran(self.name, frame.began_at, time.perf_counter())
+            frame.end()
             if self.external:
                 self._forget_unused()
-            if not stack and self.model.coordinator.lingering:
-                self.model.coordinator.release_lingering()
+            if not stack or stack[-1].unit.model is not self.model:
+                # torch calls this with None after an exception.
+                self.model.after_root_forward(complete=output is not None)

@@ -32,11 +32,6 @@ class MemoryPool:
         # Storages whose memory is lent to a parameter's: empty until it comes back.
         self._shells: list[torch.UntypedStorage] = []
 
-    @property
-    def free_bytes(self) -> int:
-        """Memory that is kept and not in use."""
-        return self._free_bytes
-
     def take(self, nbytes: int) -> torch.UntypedStorage:
         """A storage of `nbytes` bytes with undefined content."""
         if nbytes < _SMALL_BYTES:
@@ -60,7 +55,12 @@ class MemoryPool:
         with self._lock:
             self._free[id(block)] = block
             self._free_bytes += nbytes
-            while self._free_bytes > KEEP_BYTES:
+        self.shrink(KEEP_BYTES)
+
+    def shrink(self, keep_bytes: int) -> None:
+        """Gives back to the system what is not in use, beyond so many bytes, the longest unused first."""
+        with self._lock:
+            while self._free_bytes > keep_bytes:
                 _, oldest = self._free.popitem(last=False)
                 self._free_bytes -= oldest.nbytes()
 

@@ -1,5 +1,6 @@
 """`trainer.offload` and `trainer.remove`: from a plain model to one whose parameters live on servers, and back."""
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from trainer.manifest import persistent_buffers
 from trainer.memory import MemoryPool, empty_of
 from trainer.opening import open_job
 from trainer.parameter import NOT_HERE, OffloadedParameter, materialise, offloaded
+from trainer.residency import cost
 from trainer.saved import SavedParameter
 from trainer.transfer import Destination, RemoteParameter
 from trainer.units import choose_units
@@ -100,8 +102,8 @@ class OffloadedModel:
     def __init__(self, model: nn.Module, job: Job, config: OffloadConfig, device: torch.device | None) -> None:
         self.job = job
         self.config = config
-        self.coordinator = Coordinator(job)
         self.memory = MemoryPool()
+        self.coordinator = Coordinator(job, config, self.memory)
         self.gradients = Gradients(job, config, self.memory, self.coordinator)
         self._backward = _NO_BACKWARD
         # The optimizer that was made last; see `RemoteOptimizer.step`.
@@ -114,7 +116,7 @@ class OffloadedModel:
             self._take(name, param, remotes[name], device)
         self._buffers = [(_materialised(model, name, device), remotes[name]) for name, _ in persistent_buffers(model)]
         self._move_buffers(model, device)
-        self._choose_persistent()
+        self._choose_persistent(self._check_units(units))
         self._read_buffers()
         self.units = [Unit(module, name, self, leaf) for name, module, leaf in units]
         # DistributedDataParallel reads parameters below Python, where nothing gathers them; asked to ignore
@@ -160,22 +162,38 @@ class OffloadedModel:
                 if buffer is not None and not buffer.is_meta:
                     module._buffers[name] = buffer.to(device)
 
-    def _choose_persistent(self) -> None:
+    def _check_units(self, units: Sequence[tuple[str, nn.Module, bool]]) -> tuple[int, int]:
+        """Bytes and elements of what remains of the limits beside the largest unit.
+
+        Raises OutOfBudget for a unit that alone exceeds one of them.
+        """
+        left_bytes, left_elements = sys.maxsize, self.config.max_live_parameters
+        for name, module, leaf in units:
+            params = module.parameters() if leaf else module.parameters(recurse=False)
+            states = [state for param in params if (state := offloaded(param)) is not None]
+            left = self.coordinator.residency.room_beside(states, name)
+            left_bytes, left_elements = min(left_bytes, left[0]), min(left_elements, left[1])
+        return left_bytes, left_elements
+
+    def _choose_persistent(self, room: tuple[int, int]) -> None:
+        """room: bytes and elements that the limits leave beside the largest unit; half of it may stay taken."""
         self.persistent: list[OffloadedParameter] = []
-        room = self.config.model_persistence_threshold
+        left_bytes = room[0] // 2
+        left = min(self.config.model_persistence_threshold, room[1] // 2)
         for state in sorted(self.states, key=lambda state: state.numel):
-            if state.numel >= self.config.param_persistence_threshold or state.numel > room:
+            if state.numel >= self.config.param_persistence_threshold or state.numel > left or cost(state) > left_bytes:
                 break
             state.persistent = True
             self.persistent.append(state)
-            room -= state.numel
+            left -= state.numel
+            left_bytes -= cost(state)
 
     def remove(self) -> None:
         self.job.check()
         self.coordinator.sweep()
         for unit in self.units:
             unit.remove()
-        self.coordinator.fetch(self.states)
+        self.coordinator.fetch_for_good(self.states)
         for state in self.states:
             saved.unregister(state)
             state.detach()
@@ -183,9 +201,7 @@ class OffloadedModel:
 
     def release(self) -> None:
         self.coordinator.sweep()
-        for state in self.persistent:
-            if not state.active and not state.aliased:
-                state.free()
+        self.coordinator.discard_all()
 
     def between_passes(self) -> None:
         """Releases what a pass left that did not come to its end."""
@@ -194,12 +210,17 @@ class OffloadedModel:
 
     # ------------------------------------------------------------ forward
 
-    def before_root_forward(self) -> None:
+    def before_root_forward(self, unit: Unit, inputs: object) -> None:
         """Called when a forward begins that is not part of another one."""
+        if in_backward():
+            # Computed once more, by activation checkpointing: a part of the backward.
+            self._enter_backward()
+        else:
+            self.coordinator.begin_forward(unit.module, unit.name, inputs)
+
+    def after_root_forward(self, *, complete: bool) -> None:
         if not in_backward():
-            self.coordinator.sweep()
-        # What is whole all the time must not be stale: after a step it is fetched again, all at once.
-        self.coordinator.fetch([*self.persistent, *self.coordinator.lingering])
+            self.coordinator.end_forward(complete=complete)
 
     def touch(self, states: Sequence[OffloadedParameter], func: Callable[..., Any]) -> None:
         """Something uses released parameters.
@@ -234,6 +255,7 @@ class OffloadedModel:
         """
         if self.in_pass():
             return False
+        self.coordinator.discard(state)
         write_values(self.job, state, values)
         state.version = NOT_HERE
         state.edition = (state.edition[0] + 1, ())
@@ -241,6 +263,7 @@ class OffloadedModel:
         return True
 
     def converting(self, state: OffloadedParameter) -> None:
+        self.coordinator.discard(state)
         saved.unregister(state)
 
     def converted(self, state: OffloadedParameter) -> None:
@@ -266,16 +289,20 @@ class OffloadedModel:
             self.coordinator.fetch_for_a_look(state)
 
     def _fetch_for_backward(self, state: OffloadedParameter) -> None:
+        self._enter_backward()
+        self.coordinator.fetch_for_backward(state)
+
+    def _enter_backward(self) -> None:
         # By the task's number: a backward that failed never called back.
         task = torch._C._current_graph_task_id()
         if task != self._backward:
             self._backward = task
             torch.autograd.Variable._execution_engine.queue_callback(self._end_of_backward)
-        self.coordinator.fetch_for_backward(state)
+            self.coordinator.begin_backward()
 
     def _end_of_backward(self) -> None:
         self._backward = _NO_BACKWARD
-        self.coordinator.end_of_backward()
+        self.coordinator.end_backward()
 
     def unsaved(self, state: OffloadedParameter) -> None:
         self.coordinator.unsaved(state)

@@ -140,6 +140,7 @@ class RemoteOptimizer(Optimizer):
         )
         job.step += 1
         model.gradients.stepped()
+        model.coordinator.stepped()
         return None
 
     def zero_grad(self, set_to_none: bool = True) -> None:

@@ -16,6 +16,7 @@ from trainer.released import released_class
 
 if TYPE_CHECKING:
     from trainer.offload import OffloadedModel
+    from trainer.requests import Request
     from trainer.transfer import RemoteParameter
 
 _ATTRIBUTE = "_zero_ps"
@@ -54,6 +55,7 @@ class OffloadedParameter:
     name: fully qualified once the model is known.
     remote: where it is on the servers, once it is there.
     version: of the bytes that are in the parameter's storage, or NOT_HERE.
+    request: what the bytes were asked for with, while they are on their way or were not used yet.
     active: how many running forwards and `gathered` contexts use the parameter. While there are any the
         parameter is of its plain class and stays.
     saved: how many nodes of autograd graphs will need the parameter again.
@@ -69,6 +71,7 @@ class OffloadedParameter:
         self.shape = tuple(param.shape)
         self.numel = param.numel()
         self.remote: RemoteParameter | None = None
+        self.request: Request | None = None
         self.active = 0
         self.saved = 0
         self.persistent = False
@@ -110,8 +113,9 @@ class OffloadedParameter:
         return cast("OffloadedModel", self.owner)
 
     @property
-    def nbytes(self) -> int:
-        return self.numel * self.dtype.itemsize
+    def module_name(self) -> str:
+        """The fully qualified name of the module that the parameter is of."""
+        return self.name.rpartition(".")[0]
 
     @property
     def resident_bytes(self) -> int:
@@ -124,6 +128,7 @@ class OffloadedParameter:
             self.storage = param.untyped_storage()
             self.dtype = param.dtype
             self.device = param.device
+        self.nbytes = self.numel * self.dtype.itemsize
         self.address: int = self.storage._cdata
 
     # ------------------------------------------------------------ bytes
@@ -141,17 +146,6 @@ class OffloadedParameter:
     def bytes_view(self) -> torch.Tensor:
         """The parameter's bytes as a 1-d uint8 tensor over the same storage."""
         return torch.empty(0, dtype=torch.uint8, device=self.device).set_(self.storage, 0, (self.nbytes,), (1,))
-
-    def landing(self) -> torch.Tensor:
-        """A 1-d uint8 CPU tensor for the bytes to arrive in: the storage itself, where that is on the CPU."""
-        if self.device.type == "cpu":
-            return self.bytes_view()
-        return torch.empty(self.nbytes, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
-
-    def land(self, landing: torch.Tensor) -> None:
-        """Brings bytes that arrived in `landing` to the storage, in the order of the current stream."""
-        if self.device.type != "cpu":
-            self.bytes_view().copy_(landing, non_blocking=True)
 
     def view(self, size: Sequence[int], stride: Sequence[int], offset: int, dtype: torch.dtype) -> torch.Tensor:
         """A tensor over the same storage that autograd knows nothing of."""

@@ -4,7 +4,7 @@ import functools
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -43,11 +43,13 @@ class Destination:
     """A parameter to pull and where its bytes go.
 
     buffer: 1-d uint8 CPU tensor of the whole parameter in `dtype`.
+    chunks: of the grid, to pull only a part; None for all.
     """
 
     remote: RemoteParameter
     buffer: torch.Tensor
     dtype: torch.dtype
+    chunks: range | None = None
 
 
 class Arrival:
@@ -57,6 +59,28 @@ class Arrival:
         self._futures = futures
         self._what = what
         self._timeout = timeout
+
+    def when_done(self, callback: Callable[[BaseException | None], None]) -> None:
+        """Has `callback` called once, from any thread, when all bytes are there or all that can come is; with
+        the first error, if there was one."""
+        left = len(self._futures)
+        lock = threading.Lock()
+        first: BaseException | None = None
+
+        def count(future: "Future[None]") -> None:
+            nonlocal left, first
+            with lock:
+                left -= 1
+                if first is None:
+                    first = CancelledError() if future.cancelled() else future.exception()
+                last = left == 0
+            if last:
+                callback(first)
+
+        for future in self._futures:
+            future.add_done_callback(count)
+        if not self._futures:
+            callback(None)
 
     def wait(self) -> None:
         """Returns when all bytes are there; raises what went wrong, or DeadlineExceeded."""
@@ -84,15 +108,19 @@ class Transfer:
     def pull(self, destinations: Sequence[Destination], version: int) -> Arrival:
         """Asks for parameters at one version, in the order given: one request to each server and dtype."""
         futures = []
+        nbytes = 0
         for dtype in dict.fromkeys(d.dtype for d in destinations):
             group = [d for d in destinations if d.dtype == dtype]
             for shard, link in enumerate(self._job.links):
                 chunks: list[tuple[int, int]] = []
                 buffers: list[torch.Tensor] = []
                 for destination in group:
-                    for chunk, part in _parts(destination.remote, destination.buffer, destination.dtype, shard):
+                    for chunk, part in _parts(
+                        destination.remote, destination.buffer, destination.dtype, shard, destination.chunks
+                    ):
                         chunks.append((destination.remote.index, chunk))
                         buffers.append(part)
+                        nbytes += part.numel()
                 if chunks:
                     pull = Pull(
                         version=version,
@@ -103,7 +131,8 @@ class Transfer:
                         staged=group[0].remote.staged,
                     )
                     futures.append(link.pull(pull))
-        self._job.stats.bytes_pulled += sum(d.buffer.numel() for d in destinations)
+        with self._lock:
+            self._job.stats.bytes_pulled += nbytes
         names = ", ".join(d.remote.name for d in destinations[:3]) + (", ..." if len(destinations) > 3 else "")
         return Arrival(futures, f"{names} at version {version}", self._job.timeout)
 
@@ -196,10 +225,10 @@ class _Sending:
 
 
 def _parts(
-    remote: RemoteParameter, data: torch.Tensor, dtype: torch.dtype, shard: int
+    remote: RemoteParameter, data: torch.Tensor, dtype: torch.dtype, shard: int, chunks: range | None = None
 ) -> Iterable[tuple[int, torch.Tensor]]:
     """The chunks of a parameter that a shard holds, each with its part of the parameter's bytes."""
-    for chunk, owner in enumerate(remote.shards):
-        if owner == shard:
+    for chunk in range(len(remote.shards)) if chunks is None else chunks:
+        if remote.shards[chunk] == shard:
             start, stop = remote.grid.element_range(chunk)
             yield chunk, data.narrow(0, start * dtype.itemsize, (stop - start) * dtype.itemsize)

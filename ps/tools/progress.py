@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, contextmanager
 
 from tqdm import tqdm
 
-from ps.budget import format_bytes
+from protos.sizes import format_bytes
 
 Advance = Callable[[int], object]
 """Told of bytes that are done, since the last call."""

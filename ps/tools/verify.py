@@ -98,7 +98,7 @@ def as_json(report: "Report") -> dict[str, object]:
 
 
 def _print(report: "Report") -> None:
-    from ps.budget import format_bytes
+    from protos.sizes import format_bytes
 
     for problem in report.problems:
         print(problem)

@@ -97,7 +97,8 @@ def peak_memory(addresses: list[str], job: str, layers: int, width: int) -> dict
         before = peak_rss_bytes()
         with connection.init():
             model = Deep(layers, width)
-        trainer.offload(model, connection)
+        limit = 2 * width * width * 4 + (64 << 10)
+        trainer.offload(model, connection, trainer.OffloadConfig(max_live_bytes=limit))
         optimizer = trainer.RemoteOptimizer(model.parameters(), torch.optim.SGD, lr=0.1)
         live: list[int] = []
         for layer in model.layers:
@@ -114,5 +115,7 @@ def peak_memory(addresses: list[str], job: str, layers: int, width: int) -> dict
             "model": sum(param.numel() * 4 for param in model.parameters()),
             "largest": width * width * 4,
             "beyond": peak - before,
+            "limit": limit,
             "live": max(live),
+            "reported": trainer.report(model).peak_live_bytes,
         }

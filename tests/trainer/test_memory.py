@@ -22,5 +22,5 @@ def test_peak_memory_is_near_that_of_the_largest_submodule(cluster: LocalCluster
     # heap) does not depend on the model; its layers are 16 MiB each.
     assert large["beyond"] - small["beyond"] < (large["model"] - small["model"]) / 6
     assert large["beyond"] < large["model"]
-    # One layer is whole at a time: the model is 48 times as large as what the trainer holds.
-    assert large["live"] == large["largest"]
+    # Two layers may be whole at a time: the model is 24 times as large as what the trainer holds.
+    assert large["largest"] <= large["live"] <= large["reported"] <= large["limit"]

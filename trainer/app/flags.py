@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
+from protos.sizes import parse_bytes
 from trainer.app.gpt import GPTConfig
 
 
@@ -28,6 +29,8 @@ class Settings:
     seed: int
     commit_every: int
     connect_timeout: float
+    max_live_bytes: int | None
+    timeline: Path | None
     step_log: Path | None
     summary: Path | None
 
@@ -60,6 +63,8 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
         seed=flags.seed,
         commit_every=flags.commit_every,
         connect_timeout=flags.connect_timeout,
+        max_live_bytes=flags.max_live_bytes,
+        timeline=flags.timeline,
         step_log=flags.step_log,
         summary=flags.summary,
     )
@@ -113,11 +118,19 @@ def _parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("machine").add_argument
     add("--device", default="auto", help="auto: this rank's GPU, else the CPU")
+    add(
+        "--max-live-bytes",
+        type=_size,
+        default=None,
+        metavar="SIZE",
+        help="limit for the parameters that are in memory at once, as 512MiB; none: a fixed number of elements",
+    )
     add("--dtype", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 where it is fast")
 
     add = parser.add_argument_group("reports, written by rank 0").add_argument
     # Not --log: torchrun takes that for an abbreviation of its own flags, even after the module.
     add("--step-log", type=Path, default=None, metavar="PATH", help="one JSON line for each step")
+    add("--timeline", type=Path, default=None, metavar="PATH", help="when parameters moved, for ui.perfetto.dev")
     add("--summary", type=Path, default=None, metavar="PATH", help="JSON, at the end")
     return parser
 
@@ -141,6 +154,13 @@ def _at_least_one(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"has to be at least 1, not {value}")
     return value
+
+
+def _size(text: str) -> int:
+    try:
+        return parse_bytes(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _positive(text: str) -> float:

@@ -5,7 +5,7 @@ import math
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -42,7 +42,8 @@ def train(settings: Settings) -> int:
         torch.manual_seed(settings.seed)
         with job.init():
             model = GPT(settings.model)
-        trainer.offload(model, job, trainer.OffloadConfig(param_dtype=dtype), device=device)
+        config = trainer.OffloadConfig(param_dtype=dtype, max_live_bytes=settings.max_live_bytes)
+        trainer.offload(model, job, config, device=device)
         optimizer = trainer.RemoteOptimizer(model.parameters(), optimizer_class, lr=settings.lr)
 
         interrupt = Interrupt()
@@ -54,7 +55,12 @@ def train(settings: Settings) -> int:
         committed = Committed()
         moved = Moved()
         stopped = False
-        with closing(report), _ends_with_an_explanation(job, committed):
+        timeline = (
+            nullcontext()
+            if settings.timeline is None or job.rank
+            else trainer.record_timeline(model, settings.timeline)
+        )
+        with timeline, closing(report), _ends_with_an_explanation(job, committed):
             while job.step < settings.steps and not stopped:
                 started = time.monotonic()
                 for group in optimizer.param_groups:
@@ -115,6 +121,7 @@ def train(settings: Settings) -> int:
                 if settings.summary is not None:
                     write_summary(settings.summary, summary)
                 _conclude(settings, summary)
+                say(str(trainer.report(model)))
     return 130 if stopped and job.step < settings.steps else 0
 
 

@@ -86,6 +86,8 @@ def edits(addresses: list[str], job: str) -> dict[str, Any]:
             error = str(raised)
         state = {name: torch.full(tuple(p.shape), 0.25) for name, p in model.named_parameters()}
         before_load = gathered_values(model)
+        # A rank that still reads would see what rank 0 loads.
+        connection.barrier("read")
         model.load_state_dict(state if rank == 0 else {k: v * 3 for k, v in state.items()})
         after_load = gathered_values(model)
         _loss(model, rank, 0).backward()

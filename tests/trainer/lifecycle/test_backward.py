@@ -10,7 +10,7 @@ from torch import nn
 import trainer
 from ps import LocalCluster
 from tests.models import seeded
-from tests.trainer.lifecycle.comparing import assert_equal, nothing_gathered, same, step
+from tests.trainer.lifecycle.comparing import AT_ONCE, assert_equal, nothing_gathered, same, step
 from tests.trainer.runs import gathered_values
 
 
@@ -46,7 +46,7 @@ def test_retain_graph(cluster: LocalCluster, job_name: str) -> None:
 
 def test_a_graph_that_is_kept_does_not_keep_parameters(cluster: LocalCluster, job_name: str) -> None:
     with trainer.connect(cluster.addresses, job=job_name) as job:
-        model = trainer.offload(Mlp(), job, trainer.OffloadConfig(param_persistence_threshold=0))
+        model = trainer.offload(Mlp(), job, AT_ONCE)
         loss = model(torch.randn(2, 5)).sum()
         nothing_gathered(model)
         loss.backward(retain_graph=True)

@@ -11,11 +11,9 @@ from torch.utils.checkpoint import checkpoint
 import trainer
 from ps import LocalCluster
 from tests.models import seeded
-from tests.trainer.lifecycle.comparing import nothing_gathered, same, step, steps
+from tests.trainer.lifecycle.comparing import AT_ONCE, nothing_gathered, same, step, steps
 from tests.trainer.lifecycle.test_backward import Mlp
 from tests.trainer.runs import gathered_values
-
-NOTHING_STAYS = trainer.OffloadConfig(param_persistence_threshold=0)
 
 
 class Entangled(nn.Module):
@@ -110,7 +108,7 @@ def test_assigning_data_in_gathered_is_an_edit(cluster: LocalCluster, job_name: 
 
     same(cluster.addresses, job_name, Mlp, run)
     with trainer.connect(cluster.addresses, job=f"{job_name}-2") as job:
-        model = trainer.offload(Mlp(), job, NOTHING_STAYS)
+        model = trainer.offload(Mlp(), job, AT_ONCE)
         with pytest.raises(trainer.ModifiedParameterError), trainer.gathered(model):
             model.layers[0].weight.data = torch.zeros(8, 5)
         nothing_gathered(model)
@@ -137,7 +135,7 @@ class Assigning(Clamping):
 @pytest.mark.parametrize("make", [Clamping, Assigning])
 def test_a_forward_that_changes_its_parameters_is_an_error(cluster: LocalCluster, job_name: str, make: Any) -> None:
     with trainer.connect(cluster.addresses, job=job_name) as job:
-        model = trainer.offload(nn.Sequential(make()), job, NOTHING_STAYS)
+        model = trainer.offload(nn.Sequential(make()), job, AT_ONCE)
         with pytest.raises(trainer.ModifiedParameterError, match=r"'0\.weight' was changed in place in the forward of"):
             model(torch.randn(2, 5))
         nothing_gathered(model)
@@ -176,7 +174,7 @@ def test_values_replaced_between_forward_and_backward_are_an_error(
     cluster: LocalCluster, job_name: str, how: str
 ) -> None:
     with trainer.connect(cluster.addresses, job=job_name) as job:
-        model = trainer.offload(Mlp(), job, NOTHING_STAYS)
+        model = trainer.offload(Mlp(), job, AT_ONCE)
         loss = model(torch.randn(2, 5)).sum()
         if how == "gathered":
             with trainer.gathered(model, modify=True), torch.no_grad():
@@ -214,7 +212,7 @@ def test_a_buffer_that_changed_its_shape_is_refused_by_name(cluster: LocalCluste
 
 def test_a_kept_graph_holds_one_layer_at_a_time(cluster: LocalCluster, job_name: str) -> None:
     with trainer.connect(cluster.addresses, job=job_name) as job:
-        model = trainer.offload(nn.Sequential(*[nn.Linear(5, 5) for _ in range(6)]), job, NOTHING_STAYS)
+        model = trainer.offload(nn.Sequential(*[nn.Linear(5, 5) for _ in range(6)]), job, AT_ONCE)
         whole = []
         for layer in model:
             layer.register_full_backward_hook(
@@ -237,7 +235,7 @@ class Chooser(nn.Module):
 
 def test_external_parameters_that_are_not_used_any_more_are_not_fetched(cluster: LocalCluster, job_name: str) -> None:
     with trainer.connect(cluster.addresses, job=job_name) as job:
-        model = trainer.offload(Chooser(), job, NOTHING_STAYS)
+        model = trainer.offload(Chooser(), job, AT_ONCE)
         pulled = []
         for number in range(36):
             before = job.stats.bytes_pulled
@@ -250,7 +248,7 @@ def test_external_parameters_that_are_not_used_any_more_are_not_fetched(cluster:
 
 def test_released_parameters_that_were_converted_have_no_values(cluster: LocalCluster, job_name: str) -> None:
     with trainer.connect(cluster.addresses, job=job_name) as job:
-        model = trainer.offload(Mlp(), job, NOTHING_STAYS)
+        model = trainer.offload(Mlp(), job, AT_ONCE)
         converted = {name: value.double() for name, value in model.state_dict().items()}
         with trainer.gathered(model):
             with pytest.raises(trainer.ReleasedParameterError, match=r"converted to torch\.float64: it has no values"):
@@ -260,7 +258,7 @@ def test_released_parameters_that_were_converted_have_no_values(cluster: LocalCl
 
 def test_numpy_may_share_a_gathered_parameter(cluster: LocalCluster, job_name: str) -> None:
     with trainer.connect(cluster.addresses, job=job_name) as job:
-        model = trainer.offload(Mlp(), job, NOTHING_STAYS)
+        model = trainer.offload(Mlp(), job, AT_ONCE)
         for _ in range(2):
             with trainer.gathered(model):
                 total = sum(float(p.detach().numpy().sum()) for p in model.parameters())
@@ -270,7 +268,7 @@ def test_numpy_may_share_a_gathered_parameter(cluster: LocalCluster, job_name: s
 
 def test_a_step_inside_gathered_is_no_edit(cluster: LocalCluster, job_name: str) -> None:
     with trainer.connect(cluster.addresses, job=job_name) as job:
-        model = trainer.offload(Mlp(), job, NOTHING_STAYS)
+        model = trainer.offload(Mlp(), job, AT_ONCE)
         optimizer = trainer.RemoteOptimizer(model.parameters(), torch.optim.SGD, lr=0.1)
         with trainer.gathered(model):
             for _ in range(2):
@@ -282,7 +280,7 @@ def test_a_step_inside_gathered_is_no_edit(cluster: LocalCluster, job_name: str)
 
 def test_what_torch_reads_below_python_is_refused_where_it_can_be(cluster: LocalCluster, job_name: str) -> None:
     with trainer.connect(cluster.addresses, job=job_name) as job:
-        model = trainer.offload(Mlp(), job, NOTHING_STAYS)
+        model = trainer.offload(Mlp(), job, AT_ONCE)
         weight = model.layers[0].weight
         with pytest.raises(trainer.ReleasedParameterError):
             weight.as_subclass(torch.Tensor)

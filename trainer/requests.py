@@ -1,0 +1,231 @@
+"""Requests for parameters: which are on their way, and in which order they leave.
+
+The order is that of need. A link answers in the order in which it was asked, so what was asked for ahead
+of time must not stand in front of what a module waits for: only a window of bytes is given to the links,
+the rest waits here, and what is urgent goes before it.
+"""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+from protos.layout import ChunkGrid
+from trainer.errors import DeadlineExceeded
+from trainer.job import Job
+from trainer.landing import Landing, landing
+from trainer.pace import Pace
+from trainer.parameter import OffloadedParameter
+from trainer.transfer import GRACE_SECONDS, Destination
+
+WINDOW_BYTES = 16 << 20
+"""How many bytes are asked of each server at once: enough to keep it busy, and no more than what an urgent
+request may have to wait for."""
+
+_PIECE_BYTES = 8 << 20
+"""Parameters larger than this are asked for in pieces."""
+
+
+class Request:
+    """Parameters that are asked for together.
+
+    version: of the bytes that come.
+    sent: whether a part of it was given to the links.
+    asked_at, arrived_at: on the performance counter; arrived_at is 0 until then.
+    error: why it failed.
+    """
+
+    def __init__(self, states: Sequence[OffloadedParameter], version: int) -> None:
+        self.states = states
+        self.version = version
+        self.nbytes = sum(state.nbytes for state in states)
+        self.landings: list[Landing] = [landing(state) for state in states]
+        self.sent = False
+        self.error: BaseException | None = None
+        self.asked_at = time.perf_counter()
+        self.arrived_at = 0.0
+        self.outstanding = 0
+        self.done = False
+
+    def pieces(self) -> Iterator[tuple[list[Destination], int]]:
+        """What is asked of the links at once, each with its bytes."""
+        together: list[Destination] = []
+        for state, place in zip(self.states, self.landings, strict=True):
+            assert state.remote is not None
+            grid = state.remote.grid
+            if len(self.states) > 1 or state.nbytes <= _PIECE_BYTES:
+                together.append(Destination(state.remote, place.buffer, state.dtype))
+                continue
+            for chunks in _runs(grid, state.dtype.itemsize):
+                elements = grid.element_range(chunks[-1])[1] - grid.element_range(chunks[0])[0]
+                yield [Destination(state.remote, place.buffer, state.dtype, chunks)], elements * state.dtype.itemsize
+        if together:
+            yield together, sum(destination.buffer.numel() for destination in together)
+
+    def describe(self) -> str:
+        names = ", ".join(repr(state.name) for state in self.states[:3])
+        more = f" and {len(self.states) - 3} more" if len(self.states) > 3 else ""
+        return f"{names}{more} at version {self.version}"
+
+
+class Requests:
+    """The requests of one model. Methods are called by the thread that runs it; bytes arrive in others.
+
+    on_arrival: called, from any thread, when the bytes of a request are here.
+    """
+
+    def __init__(self, job: Job, pace: Pace) -> None:
+        self._job = job
+        self._pace = pace
+        self._changed = threading.Condition(threading.RLock())
+        self._waiting: deque[tuple[Request, list[Destination], int]] = deque()
+        self._urgent: deque[tuple[Request, list[Destination], int]] = deque()
+        self._window = WINDOW_BYTES * max(1, len(job.servers))
+        self._sent_bytes = 0
+        self._last_arrival = 0.0
+        self._sending = False
+        self._unsettled: dict[Request, None] = {}
+        self.backlog_bytes = 0
+        self.on_arrival: Callable[[Request], None] | None = None
+
+    # ------------------------------------------------------------ asking
+
+    def submit(self, states: Sequence[OffloadedParameter], version: int, *, urgent: bool) -> Request:
+        """Asks for parameters that have their memory; from here on each one's `request` is this one."""
+        request = Request(states, version)
+        pieces = list(request.pieces())
+        request.outstanding = len(pieces)
+        self._unsettled[request] = None
+        with self._changed:
+            self.backlog_bytes += request.nbytes
+            (self._urgent if urgent else self._waiting).extend((request, *piece) for piece in pieces)
+        for state in states:
+            state.request = request
+        self._send()
+        return request
+
+    def hurry(self, request: Request) -> None:
+        """Somebody waits for a request that was ahead of time: what is left of it goes first."""
+        with self._changed:
+            if request.done:
+                return
+            mine = [entry for entry in self._waiting if entry[0] is request]
+            if not mine:
+                return
+            self._waiting = deque(entry for entry in self._waiting if entry[0] is not request)
+            self._urgent.extend(mine)
+        self._send()
+
+    def withdraw(self) -> list[Request]:
+        """Takes back what no link was given any part of; the requests, whose memory may be freed."""
+        with self._changed:
+            gone = list(dict.fromkeys(entry[0] for entry in self._waiting if not entry[0].sent))
+            self._waiting = deque(entry for entry in self._waiting if entry[0].sent)
+            for request in gone:
+                request.done = True
+                self.backlog_bytes -= request.nbytes
+        for request in gone:
+            self._close(request)
+        return gone
+
+    # ------------------------------------------------------------ waiting
+
+    def wait(self, request: Request) -> None:
+        """Returns when the parameters are whole; raises what went wrong, or DeadlineExceeded."""
+        self.hurry(request)
+        with self._changed:
+            if not self._changed.wait_for(lambda: request.done, self._job.timeout + GRACE_SECONDS):
+                raise DeadlineExceeded(
+                    f"{request.describe()} did not arrive within {self._job.timeout:g} s; see 'zero-ps status'"
+                )
+
+    def settle(self, request: Request) -> None:
+        """Ends a request that is done: its parameters are whole, or it raises why they are not."""
+        for state, place in zip(request.states, request.landings, strict=True):
+            if state.request is request and request.error is None:
+                place.use()
+                state.version = request.version
+        self._close(request)
+        if request.error is not None:
+            raise request.error
+
+    def _close(self, request: Request) -> None:
+        self._unsettled.pop(request, None)
+        for state, place in zip(request.states, request.landings, strict=True):
+            if state.request is request:
+                state.request = None
+                place.close()
+
+    def unsettled(self) -> list[Request]:
+        """What was asked for and not used yet, oldest first; it may be here."""
+        return list(self._unsettled)
+
+    # ------------------------------------------------------------ the links
+
+    def _send(self) -> None:
+        """Gives the links what fits into the window, in the order of need."""
+        with self._changed:
+            if self._sending:
+                # A link that fails answers at once, from within the call below.
+                return
+            self._sending = True
+            try:
+                while entry := self._next_entry():
+                    self._send_piece(*entry)
+            finally:
+                self._sending = False
+
+    def _next_entry(self) -> tuple[Request, list[Destination], int] | None:
+        source = self._urgent or self._waiting
+        if not source or (self._sent_bytes and self._sent_bytes + source[0][2] > self._window):
+            return None
+        return source.popleft()
+
+    def _send_piece(self, request: Request, destinations: list[Destination], nbytes: int) -> None:
+        request.sent = True
+        self._sent_bytes += nbytes
+        asked_at = time.perf_counter()
+        arrival = self._job.transfer.pull(destinations, request.version)
+        arrival.when_done(lambda error: self._arrived(request, nbytes, asked_at, error))
+
+    def _arrived(self, request: Request, nbytes: int, asked_at: float, error: BaseException | None) -> None:
+        now = time.perf_counter()
+        with self._changed:
+            self._sent_bytes -= nbytes
+            # Not counting what this one waited for the one before it.
+            self._pace.arrived(nbytes, now - max(asked_at, self._last_arrival))
+            self._last_arrival = now
+            request.error = request.error or error
+            request.outstanding -= 1
+            finished = request.outstanding == 0
+        if finished:
+            self._finish(request, now)
+        self._send()
+
+    def _finish(self, request: Request, now: float) -> None:
+        if request.error is None:
+            try:
+                for place in request.landings:
+                    place.arrived()
+            except Exception as error:  # whoever waits has to hear of it
+                request.error = error
+        request.arrived_at = now
+        with self._changed:
+            request.done = True
+            self.backlog_bytes -= request.nbytes
+            self._changed.notify_all()
+        if self.on_arrival is not None:
+            self.on_arrival(request)
+
+
+def _runs(grid: ChunkGrid, itemsize: int) -> Iterable[range]:
+    """The chunks of a parameter in runs of about `_PIECE_BYTES`."""
+    first, size = 0, 0
+    for chunk in range(grid.num_chunks):
+        start, stop = grid.element_range(chunk)
+        size += (stop - start) * itemsize
+        if size >= _PIECE_BYTES:
+            yield range(first, chunk + 1)
+            first, size = chunk + 1, 0
+    if first < grid.num_chunks:
+        yield range(first, grid.num_chunks)
