@@ -8,8 +8,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ps.arguments import ArgumentParser
-from ps.tools import verify
+from ps.arguments import ArgumentParser, size
+from ps.tools import export, import_, verify
 
 _DESCRIPTION = "ZeRO-3 parameter offload: parameter servers keep the model, trainers compute with it."
 
@@ -68,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     serve.add_argument(
         "--memory",
-        type=_size,
+        type=size,
         metavar="SIZE",
         help="refuse jobs that need more memory than this, such as 8GiB (default: no limit). Keeping what does "
         "not fit on disk comes in a later version",
@@ -101,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     status.add_argument("addresses", nargs="+", metavar="ADDRESS", help="HOST:PORT, several also joined by commas")
     status.add_argument("--timeout", type=_seconds, default=5.0, metavar="SECONDS", help="(default: %(default)s)")
 
-    for tool in (verify,):
+    for tool in (verify, export, import_):
         tool.add_parser(commands)
 
     # Here only for the list of commands; `main` has taken them before.
@@ -159,15 +159,6 @@ def _folder(text: str) -> Path:
     if path.exists() and not path.is_dir():
         raise argparse.ArgumentTypeError(f"{text!r} is a file; name a folder, which need not exist yet")
     return path
-
-
-def _size(text: str) -> int:
-    from protos.sizes import parse_bytes
-
-    try:
-        return parse_bytes(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _positive(text: str) -> int:

@@ -30,7 +30,7 @@ class DiskFullError(StoreError):
     """There was no room for a generation. Earlier generations are untouched."""
 
 
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextmanager
@@ -40,7 +40,7 @@ def disk_errors(what: str, folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         reason = error.strerror or str(error)
-        if error.errno in _FULL:
+        if error.errno in FULL:
             raise DiskFullError(
                 f"cannot {what}: the disk of {folder} is full ({reason}); committed generations are "
                 "untouched, so free some space and try again"

@@ -1,0 +1,50 @@
+"""Tensors as one plain zarr v3 group, in the layout of a generation's values."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from ps.store import durable
+from ps.store.arrays import METADATA_FILE, ChunkedArray, group_metadata, value_array
+from ps.store.contents import StoredParameter
+from ps.tools.tensor_file import bytes_of
+from ps.tools.whole import WholeTensor
+
+
+class ZarrGroup:
+    """A `Destination`: `weight/<name>`, `buffer/<name>` and `<state>/<name>` below a folder that exists.
+
+    Every array has the whole tensor's shape, uncompressed; its chunks are those that servers keep.
+    """
+
+    def __init__(self, folder: Path, tensors: Sequence[WholeTensor], attributes: Mapping[str, object]) -> None:
+        self._folder = folder
+        self._arrays = {tensor: _array(tensor) for tensor in tensors}
+        durable.write_file(folder / METADATA_FILE, group_metadata(attributes))
+        for group in sorted({array.path.split("/")[0] for array in self._arrays.values()}):
+            (folder / group).mkdir()
+            durable.write_file(folder / group / METADATA_FILE, group_metadata({}))
+        for array in self._arrays.values():
+            (folder / array.path).mkdir()
+            durable.write_file(folder / array.path / METADATA_FILE, array.metadata())
+
+    def write(self, tensor: WholeTensor, chunk: int, values: torch.Tensor) -> None:
+        array = self._arrays[tensor]
+        data = bytes_of(values)
+        path = self._folder / array.chunk_key(chunk)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "xb") as file:
+            file.write(data)
+            # The last chunk is padded to the length of the others, as zarr's regular grid requires.
+            file.write(bytes(array.chunk_bytes - len(data)))
+
+    def finish(self) -> None:
+        for path in self._folder.rglob("*"):
+            durable.sync(path)
+
+
+def _array(tensor: WholeTensor) -> ChunkedArray:
+    values = value_array(StoredParameter(tensor.name, tensor.shape, tensor.dtype, tensor.kind, False))
+    return values if tensor.state is None else replace(values, path=f"{tensor.state}/{tensor.name}")
