@@ -59,10 +59,12 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 def run(options: argparse.Namespace) -> int:
     """Runs the command; returns its exit status."""
     from ps.budget import format_bytes
+    from ps.process import return_freed_blocks
     from ps.store import StoreError
     from ps.tools.errors import ToolError
     from ps.tools.export_model import ExportOptions, export
 
+    return_freed_blocks()
     wanted = ExportOptions(
         format=options.format,
         out=options.out,

@@ -88,11 +88,13 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 def run(options: argparse.Namespace) -> int:
     """Runs the command; returns its exit status."""
     from ps.budget import format_bytes
+    from ps.process import return_freed_blocks
     from ps.store import StoreError
     from ps.tools.errors import ToolError
     from ps.tools.import_model import ImportOptions, import_model
     from ps.tools.renaming import Rule, read_rules
 
+    return_freed_blocks()
     try:
         rules = [*options.map, *(read_rules(options.map_file) if options.map_file else ())]
         try:
