@@ -58,11 +58,12 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 def run(options: argparse.Namespace) -> int:
     """Runs the command; returns its exit status."""
-    from ps.budget import format_bytes
+    from protos.sizes import format_bytes
     from ps.process import return_freed_blocks
     from ps.store import StoreError
     from ps.tools.errors import ToolError
     from ps.tools.export_model import ExportOptions, export
+    from ps.tools.progress import shown
 
     return_freed_blocks()
     wanted = ExportOptions(
@@ -74,7 +75,7 @@ def run(options: argparse.Namespace) -> int:
         overwrite=options.overwrite,
     )
     try:
-        done = export(options.folders, wanted, options.job, options.step)
+        done = export(options.folders, wanted, job=options.job, step=options.step, progress=shown)
     except (ToolError, StoreError) as error:
         print(f"zero-ps export: {error}", file=sys.stderr)
         return 2

@@ -3,15 +3,13 @@
 import json
 import re
 import shutil
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
-from ps.budget import format_bytes
+from protos.sizes import format_bytes
 from ps.store import durable
 from ps.store.contents import CommitKey
 from ps.store.errors import FULL
@@ -19,6 +17,7 @@ from ps.store.generation_set import GenerationSet, find_generation
 from ps.tools import optimizer_state
 from ps.tools.errors import ToolError
 from ps.tools.output import new_folder
+from ps.tools.progress import Progress, silent
 from ps.tools.safetensors_folder import SafetensorsFolder
 from ps.tools.whole import Destination, WholeTensor, copy, state_of, values_of
 
@@ -56,7 +55,12 @@ class Exported:
 
 
 def export(
-    folders: Sequence[Path], options: ExportOptions, job: str | None = None, step: int | None = None
+    folders: Sequence[Path],
+    options: ExportOptions,
+    *,
+    job: str | None = None,
+    step: int | None = None,
+    progress: Progress = silent,
 ) -> Exported:
     """Writes a commit that is complete over `folders` into `options.out`, which is there once all of it is.
 
@@ -66,7 +70,7 @@ def export(
     foreign = _foreign if options.overwrite else None
     try:
         with new_folder(options.out, foreign=foreign) as folder:
-            return _write(generation, options, folder)
+            return _write(generation, options, folder, progress)
     except OSError as error:
         if error.errno in FULL:
             raise ToolError(
@@ -79,24 +83,28 @@ def export(
         ) from error
 
 
-def _write(generation: GenerationSet, options: ExportOptions, folder: Path) -> Exported:
+def _write(generation: GenerationSet, options: ExportOptions, folder: Path, progress: Progress) -> Exported:
     values = values_of(generation, options.dtype)
     state = _exported_state(generation) if options.state else []
     total = sum(tensor.bytes for tensor in (*values, *state))
-    free = shutil.disk_usage(folder).free
-    if total > free:
-        raise ToolError(
-            f"{options.out.absolute().parent} has room for {format_bytes(free)}, and the export takes "
-            f"{format_bytes(total)}; free some space, or choose another --out"
-        )
+    _check_space(folder, total)
     places = list(_begin(generation, options, folder, values, state).items())
-    with tqdm(total=total, unit="B", unit_scale=True, disable=None, desc="export", file=sys.stderr) as bar:
+    with progress(f"exporting step {generation.key.step}", total) as advance:
         for written in copy(generation, places):
-            bar.update(written)
+            advance(written)
     for destination in {id(destination): destination for _, destination in places}.values():
         destination.finish()
     files = tuple(sorted(entry.name for entry in folder.iterdir()))
     return Exported(generation.header.job, generation.key, len(places), total, files)
+
+
+def _check_space(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise ToolError(
+            f"the disk of {folder.parent} has room for {format_bytes(free)}, and the export takes "
+            f"{format_bytes(needed)}; free some space, or choose another --out"
+        )
 
 
 def _begin(

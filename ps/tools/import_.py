@@ -87,11 +87,12 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 def run(options: argparse.Namespace) -> int:
     """Runs the command; returns its exit status."""
-    from ps.budget import format_bytes
+    from protos.sizes import format_bytes
     from ps.process import return_freed_blocks
     from ps.store import StoreError
     from ps.tools.errors import ToolError
     from ps.tools.import_model import ImportOptions, import_model
+    from ps.tools.progress import shown
     from ps.tools.renaming import Rule, read_rules
 
     return_freed_blocks()
@@ -110,7 +111,7 @@ def run(options: argparse.Namespace) -> int:
             dtype=arguments.dtype(options.dtype),
             step=options.step,
         )
-        done = import_model(options.source, options.folders, wanted)
+        done = import_model(options.source, options.folders, wanted, shown)
     except (ToolError, StoreError) as error:
         print(f"zero-ps import: {error}", file=sys.stderr)
         return 2

@@ -4,22 +4,19 @@ import json
 import re
 import secrets
 import shutil
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from fnmatch import translate
 from pathlib import Path
-from typing import NoReturn
 
 import torch
-from tqdm import tqdm
 
 from protos import MAX_MANIFEST_PARAMETERS
 from protos.dtypes import storage_dtype
 from protos.layout import ChunkGrid, place_all
 from protos.names import check_job_name, check_parameter_name
-from ps.budget import format_bytes
+from protos.sizes import format_bytes
 from ps.store import (
     ChunkState,
     CommitKey,
@@ -32,6 +29,7 @@ from ps.store import (
 from ps.store.contents import ParameterKind
 from ps.tools.checkpoint import CheckpointTensor, open_checkpoint
 from ps.tools.errors import ToolError
+from ps.tools.progress import Advance, Progress, silent
 from ps.tools.renaming import Rule, listed, rename
 
 _MARK = "imported_from"
@@ -74,7 +72,9 @@ class _Planned:
     parameter: StoredParameter
 
 
-def import_model(source: Path, folders: Sequence[Path], options: ImportOptions) -> Imported:
+def import_model(
+    source: Path, folders: Sequence[Path], options: ImportOptions, progress: Progress = silent
+) -> Imported:
     """Writes a checkpoint into the data folders of `len(folders)` servers, the first of which is shard 0.
 
     The folders need not exist. Servers that are started with them have the job at `options.step`.
@@ -104,11 +104,11 @@ def import_model(source: Path, folders: Sequence[Path], options: ImportOptions) 
         _check_unused(options.job, stores, folders)
         _check_space(manifest, folders)
         total = sum(_bytes(parameter) for parameter in manifest)
-        with tqdm(total=total, unit="B", unit_scale=True, disable=None, desc="import", file=sys.stderr) as bar:
+        with progress(f"importing {source}", total) as advance:
             try:
                 for shard, store in enumerate(stores):
                     header = GenerationHeader(options.job, key, shard, len(stores), manifest, None, metadata)
-                    store.write(header, _chunks(plan, shard, len(stores), bar), {})
+                    store.write(header, _chunks(plan, shard, len(stores), advance), {})
             except BaseException:
                 for store in stores:
                     with suppress(StoreError):
@@ -159,7 +159,7 @@ def plan_import(tensors: Sequence[CheckpointTensor], options: ImportOptions) -> 
     return plan
 
 
-def _chunks(plan: Sequence[_Planned], shard: int, num_shards: int, bar: "tqdm[NoReturn]") -> Iterator[ChunkState]:
+def _chunks(plan: Sequence[_Planned], shard: int, num_shards: int, advance: Advance) -> Iterator[ChunkState]:
     placement = place_all([planned.parameter.shape for planned in plan], num_shards)
     for index, (planned, shards) in enumerate(zip(plan, placement, strict=True)):
         parameter = planned.parameter
@@ -169,7 +169,7 @@ def _chunks(plan: Sequence[_Planned], shard: int, num_shards: int, bar: "tqdm[No
                 values = planned.tensor.read(grid.element_range(chunk)[0], grid.chunk_elements(chunk))
                 weight = values.to(parameter.dtype).view(grid.chunk_shape(chunk))
                 yield ChunkState(index, chunk, weight)
-                bar.update(weight.nbytes)
+                advance(weight.nbytes)
 
 
 def _matching(flag: str, patterns: Sequence[str], names: Sequence[str]) -> set[str]:

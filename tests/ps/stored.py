@@ -1,6 +1,7 @@
 """A made-up model, committed into the data folders of several servers, without servers."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -8,6 +9,7 @@ import torch
 from ps.store import DataDir, OptimizerGroup, OptimizerSpec, StateArray, StoredParameter
 from ps.store.testing import ADAM_STATE, Model
 
+ADAMW = OptimizerSpec("AdamW", (OptimizerGroup({"lr": 0.1, "betas": (0.9, 0.999), "eps": 1e-8}, (0, 1)),))
 STATES = {**ADAM_STATE, "half": StateArray("half", torch.float16, per_element=True)}
 
 
@@ -39,18 +41,29 @@ def small_manifest() -> list[StoredParameter]:
 
 
 def write_shards(
-    folder: Path, model: Model, num_shards: int, *, step: int = 5, commit_id: str = "c0", job: str = "gpt"
+    folder: Path,
+    model: Model,
+    num_shards: int,
+    *,
+    step: int = 5,
+    commit_id: str = "c0",
+    job: str = "gpt",
+    optimizer: OptimizerSpec | None = ADAMW,
 ) -> list[Path]:
     """Commits the model into the data folders `data_dirs(folder, num_shards)`; the folders of the generation."""
-    options = {"lr": 0.1, "betas": (0.9, 0.999), "eps": 1e-8}
     paths = []
     for shard, data_dir in enumerate(data_dirs(folder, num_shards)):
         # Servers may hold a dict's keys in different orders; their files must not.
         order = reversed if shard % 2 else list
-        optimizer = OptimizerSpec("AdamW", (OptimizerGroup(dict(order(list(options.items()))), (0, 1)),))
+        spec = optimizer and replace(
+            optimizer,
+            groups=tuple(
+                OptimizerGroup(dict(order(list(group.options.items()))), group.parameters) for group in optimizer.groups
+            ),
+        )
         states = dict(order(list(model.state_arrays.items())))
         header = model.header(
-            shard, num_shards, step=step, commit_id=commit_id, job=job, optimizer=optimizer, metadata='{"a": 1}'
+            shard, num_shards, step=step, commit_id=commit_id, job=job, optimizer=spec, metadata='{"a": 1}'
         )
         with DataDir(data_dir, shard, num_shards) as opened:
             written = opened.job_store(job).write(header, model.chunks(shard, num_shards), states)

@@ -40,18 +40,6 @@ def stored(tmp_path) -> tuple[JobStore, Path]:
     return store, store.write(model.header(step=4), model.chunks(), ADAM_STATE).path
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 8 MiB. Mounting needs root."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)]
-    if os.getuid() != 0 or subprocess.run(mount, check=False, capture_output=True).returncode != 0:
-        pytest.skip("needs the right to mount a tmpfs")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
 def says(*parts: str) -> str:
     return ".*".join(re.escape(part) for part in parts)
 

@@ -1,0 +1,366 @@
+"""`zero-ps export`: what other tools read of a commit is what was committed, bit for bit."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors
+import safetensors.torch
+import torch
+import zarr
+
+from ps.store import DamagedError, OptimizerGroup, OptimizerSpec, StoredParameter
+from ps.store.testing import ADAM_STATE, Model
+from ps.tools import export_model
+from ps.tools.errors import ToolError
+from ps.tools.export_model import ExportOptions, export
+from tests.ps.stored import data_dirs, manifest, write_shards
+
+TRAINED = [0, 1, 2, 5]
+"""The parameters of `manifest` that are trained and not empty."""
+
+
+def few() -> list[StoredParameter]:
+    """Two chunks of a matrix, and little else."""
+    return [
+        StoredParameter("up.weight", (2600, 1031), torch.float32, "parameter", True),
+        StoredParameter("up.bias", (7,), torch.float32, "parameter", True),
+        StoredParameter("frozen", (5, 3), torch.bfloat16, "parameter", False),
+        StoredParameter("count", (), torch.int64, "buffer", False),
+    ]
+
+
+def adam_model(entries) -> Model:
+    """With one `step` a parameter, as training leaves it."""
+    model = Model(entries, ADAM_STATE)
+    for number, state in enumerate(model.states):
+        if state:
+            state["step"].fill_(number + 3)
+    return model
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> tuple[Model, list[Path]]:
+    folder = tmp_path_factory.mktemp("whole")
+    model = adam_model(manifest(bf16=True))
+    write_shards(folder, model, 3)
+    return model, data_dirs(folder, 3)
+
+
+@pytest.fixture
+def small(tmp_path) -> list[Path]:
+    write_shards(tmp_path, adam_model(few()), 2)
+    return data_dirs(tmp_path, 2)
+
+
+def values(model: Model) -> dict[str, torch.Tensor]:
+    return {parameter.name: value for parameter, value in zip(model.manifest, model.values, strict=True)}
+
+
+def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype and found[name].shape == tensor.shape, name
+        assert torch.equal(bits(found[name]), bits(tensor)), name
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.reshape(-1).view(torch.uint8)
+
+
+def load_by_index(folder: Path, base: str = "model") -> dict[str, torch.Tensor]:
+    """As Hugging Face's tools load several files."""
+    index = json.loads((folder / f"{base}.safetensors.index.json").read_text())
+    found = {}
+    for name in sorted(set(index["weight_map"].values())):
+        with safetensors.safe_open(folder / name, "pt") as file:
+            assert file.metadata() == {"format": "pt"}
+            found |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            assert all(index["weight_map"][key] == name for key in file.keys())  # noqa: SIM118
+    assert index["metadata"] == {"total_size": sum(tensor.nbytes for tensor in found.values())}
+    assert found.keys() == index["weight_map"].keys()
+    return found
+
+
+# ---------------------------------------------------------------- safetensors
+
+
+def test_one_safetensors_file_is_the_one_that_the_library_writes(whole, tmp_path):
+    model, dirs = whole
+    done = export(dirs, ExportOptions("safetensors", tmp_path / "out"))
+    assert done.files == ("model.safetensors",) and (done.job, done.key.step) == ("gpt", 5)
+    safetensors.torch.save_file(values(model), tmp_path / "expected", metadata={"format": "pt"})
+    assert (tmp_path / "out/model.safetensors").read_bytes() == (tmp_path / "expected").read_bytes()
+    assert_same(safetensors.torch.load_file(tmp_path / "out/model.safetensors"), values(model))
+
+
+def test_several_safetensors_files_have_an_index_and_keep_to_their_size(whole, tmp_path):
+    model, dirs = whole
+    done = export(dirs, ExportOptions("safetensors", tmp_path / "out", max_shard_bytes=5_000_000))
+    # In the order of the manifest: the first is larger than a file may be and has one of its own.
+    assert done.files == (
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+        "model.safetensors.index.json",
+    )
+    with safetensors.safe_open(tmp_path / "out/model-00001-of-00002.safetensors", "pt") as file:
+        assert list(file.keys()) == ["layers.0.weight"]
+    assert_same(load_by_index(tmp_path / "out"), values(model))
+
+
+def test_files_are_split_where_the_next_tensor_does_not_fit(whole, tmp_path):
+    model, dirs = whole
+    frozen = values(model)["frozen.weight"].nbytes
+    export(dirs, ExportOptions("safetensors", tmp_path / "out", max_shard_bytes=frozen + 9 + 8))
+    sizes = {}
+    for path in (tmp_path / "out").glob("*.safetensors"):
+        sizes[path.name] = sum(t.nbytes for t in safetensors.torch.load_file(path).values())
+    assert len(sizes) == 3 and sorted(sizes.values())[:2] == [28 + 4 + 240, frozen + 9 + 8]
+    assert_same(load_by_index(tmp_path / "out"), values(model))
+
+
+def test_optimizer_state_comes_in_files_of_its_own(whole, tmp_path):
+    model, dirs = whole
+    export(dirs, ExportOptions("safetensors", tmp_path / "out", state=True, max_shard_bytes=12_000_000))
+    expected = {}
+    for index in (0, 1):  # those that are in a group
+        for name, tensor in model.states[index].items():
+            expected[f"{name}/{model.manifest[index].name}"] = tensor[0] if name == "step" else tensor
+    assert_same(load_by_index(tmp_path / "out", "optimizer"), expected)
+    assert_same(load_by_index(tmp_path / "out"), values(model))
+    assert json.loads((tmp_path / "out/optimizer.json").read_text()) == {
+        "class_name": "AdamW",
+        "groups": [
+            {
+                "options": {"lr": 0.1, "betas": [0.9, 0.999], "eps": 1e-8},
+                "parameters": ["layers.0.weight", "layers.0.bias"],
+            }
+        ],
+    }
+
+
+# ---------------------------------------------------------------- torch
+
+
+@pytest.mark.parametrize("mmap", [False, True])
+def test_torch_loads_the_model_without_pickles(whole, tmp_path, mmap):
+    model, dirs = whole
+    assert export(dirs, ExportOptions("torch", tmp_path / "out")).files == ("model.pt",)
+    assert_same(torch.load(tmp_path / "out/model.pt", weights_only=True, mmap=mmap), values(model))
+
+
+def test_torch_files_are_whole_archives(whole, tmp_path):
+    _, dirs = whole
+    export(dirs, ExportOptions("torch", tmp_path / "out", state=True))
+    for name in ("model.pt", "optimizer.pt"):
+        with zipfile.ZipFile(tmp_path / "out" / name) as archive:
+            assert archive.testzip() is None
+            assert all(info.CRC for info in archive.infolist() if info.file_size)
+
+
+def test_an_optimizer_of_torch_takes_the_state(tmp_path):
+    entries = manifest(bf16=True)
+    model = adam_model(entries)
+    groups = (OptimizerGroup({"lr": 0.5, "betas": (0.8, 0.9)}, (5, 0)), OptimizerGroup({"lr": 0.25}, (2,)))
+    write_shards(tmp_path, model, 2, optimizer=OptimizerSpec("AdamW", groups))
+    export(data_dirs(tmp_path, 2), ExportOptions("torch", tmp_path / "out", state=True))
+    state = torch.load(tmp_path / "out/optimizer.pt", weights_only=True)
+    params = {index: torch.nn.Parameter(model.values[index].clone()) for index in TRAINED}
+    optimizer = torch.optim.AdamW([{"params": [params[5], params[0]]}, {"params": [params[2]]}])
+    optimizer.load_state_dict(state)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.5, 0.25]
+    assert [group["betas"] for group in optimizer.param_groups] == [(0.8, 0.9), (0.9, 0.999)]
+    for index in (0, 2, 5):
+        expected = {name: t[0] if name == "step" else t for name, t in model.states[index].items()}
+        assert_same(optimizer.state[params[index]], expected)
+        params[index].grad = torch.ones_like(params[index])
+    optimizer.step()
+    assert optimizer.state[params[2]]["step"] == model.states[2]["step"][0] + 1
+
+
+# ---------------------------------------------------------------- zarr
+
+
+def test_zarr_python_and_tensorstore_read_the_group(whole, tmp_path):
+    ts = pytest.importorskip("tensorstore")
+    model, dirs = whole
+    export(dirs, ExportOptions("zarr", tmp_path / "out", state=True))
+    group = zarr.open_group(tmp_path / "out", mode="r")
+    expected = {f"{'weight' if p.kind == 'parameter' else 'buffer'}/{p.name}": v for p, v in zip(
+        model.manifest, model.values, strict=True)}  # fmt: skip
+    for index in (0, 1):
+        for name, tensor in model.states[index].items():
+            expected[f"{name}/{model.manifest[index].name}"] = tensor[0] if name == "step" else tensor
+    assert {path for path, node in group.members(max_depth=None) if isinstance(node, zarr.Array)} == expected.keys()
+    for path, tensor in expected.items():
+        data = bits(tensor).numpy().tobytes()
+        assert group[path].shape == tensor.shape and np.asarray(group[path][...]).tobytes() == data, path
+        spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(tmp_path / "out" / path)}}
+        assert ts.open(spec, read=True).result().read().result().tobytes() == data, path
+    assert group.attrs["zero_ps_export"]["step"] == 5
+    assert group.attrs["zero_ps_export"]["optimizer"]["class_name"] == "AdamW"
+
+
+def test_the_group_shares_no_file_with_the_generation(small, tmp_path):
+    export(small, ExportOptions("zarr", tmp_path / "out"))
+    assert all(path.stat().st_nlink == 1 for path in (tmp_path / "out").rglob("*") if path.is_file())
+
+
+# ---------------------------------------------------------------- what is exported
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("safetensors", torch.bfloat16), ("torch", torch.float16)])
+def test_a_dtype_is_for_what_is_floating_point_in_the_model(whole, tmp_path, name, dtype):
+    model, dirs = whole
+    export(dirs, ExportOptions(name, tmp_path / "out", dtype=dtype, state=True))
+    if name == "torch":
+        found = torch.load(tmp_path / "out/model.pt", weights_only=True)
+        state = torch.load(tmp_path / "out/optimizer.pt", weights_only=True)["state"][0]
+    else:
+        found = safetensors.torch.load_file(tmp_path / "out/model.safetensors")
+        stored = safetensors.torch.load_file(tmp_path / "out/optimizer.safetensors")
+        state = {kind: stored[f"{kind}/layers.0.weight"] for kind in ADAM_STATE}
+    converted = {n: v.to(dtype) if v.is_floating_point() else v for n, v in values(model).items()}
+    assert_same(found, converted)
+    assert_same(state, {n: t[0] if n == "step" else t for n, t in model.states[0].items()})
+
+
+def test_the_commit_that_is_asked_for_is_exported(tmp_path):
+    models = {step: Model(few(), ADAM_STATE, seed=step) for step in (4, 6)}
+    for step, model in models.items():
+        write_shards(tmp_path, model, 2, step=step, commit_id=f"a{step}")
+    for step, out in ((None, "newest"), (4, "older")):
+        export(data_dirs(tmp_path, 2), ExportOptions("safetensors", tmp_path / out), step=step)
+        found = safetensors.torch.load_file(tmp_path / out / "model.safetensors")
+        assert_same(found, values(models[step or 6]))
+
+
+def test_state_of_parameters_that_were_never_stepped_is_left_out(tmp_path):
+    model = adam_model(few())
+    model.states[0] = {}
+    write_shards(tmp_path, model, 2)
+    export(data_dirs(tmp_path, 2), ExportOptions("torch", tmp_path / "out", state=True))
+    state = torch.load(tmp_path / "out/optimizer.pt", weights_only=True)
+    assert state["state"].keys() == {1} and state["param_groups"][0]["params"] == [0, 1]
+
+
+def test_state_that_is_not_torchs_is_refused(tmp_path):
+    model = adam_model(few())
+    model.states[0]["step"][1] += 1
+    write_shards(tmp_path, model, 2)
+    with pytest.raises(ToolError, match=r"'up.weight' differ in 'step' .*leave out --state"):
+        export(data_dirs(tmp_path, 2), ExportOptions("torch", tmp_path / "out", state=True))
+    assert not any(path.name.startswith((".out", "out")) for path in tmp_path.iterdir())
+
+
+def test_state_of_a_job_without_optimizer_is_refused(tmp_path):
+    write_shards(tmp_path, adam_model(few()), 1, optimizer=None)
+    with pytest.raises(ToolError, match="has no optimizer at step 5"):
+        export(data_dirs(tmp_path, 1), ExportOptions("torch", tmp_path / "out", state=True))
+
+
+# ---------------------------------------------------------------- all or nothing
+
+
+def test_what_exists_is_refused_and_what_an_export_wrote_is_replaced(small, tmp_path):
+    out = tmp_path / "out"
+    for name in ("safetensors", "zarr", "torch", "safetensors"):
+        if out.exists():
+            before = sorted(path.name for path in out.iterdir())
+            with pytest.raises(ToolError, match=r"exists; choose another --out, or add --overwrite"):
+                export(small, ExportOptions(name, out))
+            assert sorted(path.name for path in out.iterdir()) == before
+        done = export(small, ExportOptions(name, out, overwrite=True))
+        assert sorted(path.name for path in out.iterdir()) == list(done.files)
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_overwrite_takes_no_folder_that_holds_something_else(small, tmp_path):
+    for name, content in (("home", "letter.txt"), ("model", "config.json")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / content).write_text("mine")
+        with pytest.raises(ToolError, match=f"'{content}', which no export wrote"):
+            export(small, ExportOptions("torch", tmp_path / name, overwrite=True))
+        assert (tmp_path / name / content).read_text() == "mine"
+    with pytest.raises(ToolError, match="no export wrote"):
+        export(small, ExportOptions("torch", small[0], overwrite=True))
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ToolError, match="is not a folder"):
+        export(small, ExportOptions("torch", tmp_path / "file", overwrite=True))
+
+
+@pytest.mark.parametrize("name", ["safetensors", "torch", "zarr"])
+def test_a_damaged_chunk_leaves_nothing(small, tmp_path, name):
+    chunk = small[1] / "gpt/generations/00000005/weight/up.weight/c/1/0"
+    if not chunk.exists():
+        chunk = small[0] / chunk.relative_to(small[1])
+    os.truncate(chunk, 100)
+    with pytest.raises(DamagedError, match="up.weight/c/1/0 has 100 bytes"):
+        export(small, ExportOptions(name, tmp_path / "out"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["shard-0", "shard-1"]
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from ps.tools import tensor_file, zarr_group, export_model
+done = export_model.copy
+def copy(generation, places):
+    for number, written in enumerate(done(generation, places)):
+        if number == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield written
+export_model.copy = copy
+export_model.export([Path(p) for p in sys.argv[3:]], export_model.ExportOptions(sys.argv[1], Path(sys.argv[2])))
+"""
+
+
+@pytest.mark.parametrize("name", ["safetensors", "torch", "zarr"])
+def test_a_killed_export_leaves_nothing_under_its_name(small, tmp_path, name):
+    command = [sys.executable, "-c", KILLED, name, str(tmp_path / "out"), *map(str, small)]
+    assert subprocess.run(command, check=False, timeout=60).returncode == -signal.SIGKILL
+    assert not (tmp_path / "out").exists()
+    assert [path.name.startswith(".out.tmp-") for path in tmp_path.iterdir() if path not in small] == [True]
+    export(small, ExportOptions(name, tmp_path / "out"))
+
+
+@pytest.mark.parametrize("name", ["safetensors", "torch", "zarr"])
+def test_a_full_disk_says_so_and_leaves_nothing(whole, small_disk, monkeypatch, name):
+    _, dirs = whole
+    with pytest.raises(ToolError, match=r"has room for .* and the export takes 1\d.\d MiB"):
+        export(dirs, ExportOptions(name, small_disk / "out"))
+    # Others may fill the disk meanwhile.
+    monkeypatch.setattr(export_model, "_check_space", lambda folder, needed: None)
+    with pytest.raises(ToolError, match=r"the disk of .*small is full; what was written is removed"):
+        export(dirs, ExportOptions(name, small_disk / "out"))
+    assert list(small_disk.iterdir()) == []
+
+
+# ---------------------------------------------------------------- the command
+
+
+def command(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "ps", *map(str, arguments)], check=False, capture_output=True, text=True, timeout=60
+    )
+
+
+def test_the_command_says_what_it_wrote(small, tmp_path):
+    done = command("export", *small, "--format", "safetensors", "--dtype", "bf16", "--out", tmp_path / "out")
+    assert (done.returncode, done.stderr) == (0, f"exporting step 5: {done.stderr.split(': ')[1]}")
+    assert done.stdout.splitlines()[0].startswith("job 'gpt', step 5, commit c0: 4 tensors, 5.1 MiB")
+    assert done.stdout.splitlines()[1:] == ["  model.safetensors"]
+    again = command("export", *small, "--format", "torch", "--out", tmp_path / "out")
+    assert again.returncode == 2 and again.stdout == ""
+    assert again.stderr.startswith(f"zero-ps export: {tmp_path / 'out'} exists")
+
+
+def test_the_command_has_examples():
+    done = command("export", "--help")
+    assert done.returncode == 0 and "examples:" in done.stdout and "--state --step 1000" in done.stdout
