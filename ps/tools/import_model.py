@@ -159,7 +159,9 @@ def plan_import(tensors: Sequence[CheckpointTensor], options: ImportOptions) -> 
     return plan
 
 
-def _chunks(plan: Sequence[_Planned], shard: int, num_shards: int, advance: Advance) -> Iterator[ChunkState]:
+def _chunks(
+    plan: Sequence[_Planned], shard: int, num_shards: int, advance: Advance
+) -> Iterator[ChunkState[torch.Tensor]]:
     placement = place_all([planned.parameter.shape for planned in plan], num_shards)
     for index, (planned, shards) in enumerate(zip(plan, placement, strict=True)):
         parameter = planned.parameter

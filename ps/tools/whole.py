@@ -125,7 +125,7 @@ def _check_equal(tensor: WholeTensor, first: torch.Tensor, other: torch.Tensor) 
         )
 
 
-def _chunks(generation: GenerationSet, *, with_state: bool) -> Iterator[ChunkState]:
+def _chunks(generation: GenerationSet, *, with_state: bool) -> Iterator[ChunkState[torch.Tensor]]:
     states = dict(generation.states) if with_state else {}
     for part in generation.parts:
         header = replace(generation.header, shard=part.shard)

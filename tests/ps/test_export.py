@@ -300,6 +300,11 @@ def test_a_damaged_chunk_leaves_nothing(small, tmp_path, name):
     chunk = small[1] / "gpt/generations/00000005/weight/up.weight/c/1/0"
     if not chunk.exists():
         chunk = small[0] / chunk.relative_to(small[1])
+    flipped = bytearray(chunk.read_bytes())
+    flipped[1000] ^= 1
+    chunk.write_bytes(flipped)
+    with pytest.raises(DamagedError, match="up.weight/c/1/0 is damaged: its CRC32C is"):
+        export(small, ExportOptions(name, tmp_path / "out"))
     os.truncate(chunk, 100)
     with pytest.raises(DamagedError, match="up.weight/c/1/0 has 100 bytes"):
         export(small, ExportOptions(name, tmp_path / "out"))
