@@ -52,8 +52,7 @@ protos: install ## generate the gRPC code again from protos/*.proto
 
 test-gpu: install ## the tests that need a CUDA device
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
-		$(BIN)/python -m pytest -m gpu $(ARGS); status=$$?; \
-		if [ $$status -eq 5 ]; then echo "there is no GPU test yet"; else exit $$status; fi; \
+		$(BIN)/python -m pytest -m gpu $(ARGS); \
 	else \
 		echo "no GPU: torch finds no CUDA device here, so no GPU test was run"; \
 	fi
