@@ -1,5 +1,6 @@
 """`ps.open_generation`: the whole model as one zarr group, over the folders of all servers."""
 
+import asyncio
 import json
 import os
 import re
@@ -16,6 +17,7 @@ from zarr.storage import MemoryStore
 from ps.store import attributes
 from ps.store.arrays import METADATA_FILE, ChunkedArray, encode_document, group_metadata
 from ps.store.bfloat16 import register_bfloat16
+from ps.store.checksum import extend
 from ps.store.errors import DamagedError
 from ps.store.generation_set import GenerationSet, Part, find_generation
 from ps.store.locate import SHARD_FILE
@@ -42,8 +44,8 @@ def open_generation(folders: _Folders, *, job: str | None = None, step: int | No
     Servers may go on running. A generation that they delete (`zero-ps serve --keep`) can be read no longer.
 
     Raises ps.store.GenerationMissingError if nothing is complete over the folders, DamagedError and
-    NewerFormatError for files that are not what they should be; so does reading, for a chunk that is missing
-    or too short.
+    NewerFormatError for files that are not what they should be; so does reading, for a chunk that is missing,
+    too short, or has another checksum than it was written with.
     """
     register_bfloat16()
     named = [folders] if isinstance(folders, (str, os.PathLike)) else folders
@@ -54,7 +56,7 @@ def open_generation(folders: _Folders, *, job: str | None = None, step: int | No
 class GenerationStore(UnionStore):
     """The store behind `open_generation`: a union that knows which folder has which chunk.
 
-    A chunk that should be there and is not raises DamagedError, where zarr would show zeros. The group's
+    A chunk that should be there and is not, or is damaged, raises DamagedError; zarr would show zeros. The group's
     metadata is consolidated: it has the metadata of all arrays, so that none of their files is read.
     """
 
@@ -72,9 +74,23 @@ class GenerationStore(UnionStore):
     async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
         if (place := self._place(key)) is None:
             return await self._metadata.get(key, prototype, byte_range)
-        part, array = place
-        _check_size(part.path / key, array.chunk_bytes)
-        return await self._store_of[part.path].get(key, prototype, byte_range)
+        part, array, chunk = place
+        file = part.path / key
+        try:
+            size = file.stat().st_size
+            found = await self._store_of[part.path].get(key, prototype, byte_range)
+        except OSError as error:
+            raise _damaged(file, f"cannot be read ({error.strerror})") from error
+        if found is None:
+            raise _damaged(file, "was deleted just now")
+        if size != array.chunk_bytes:
+            raise _damaged(file, f"has {size} bytes, and the chunk has {array.chunk_bytes}")
+        expected = part.held.crc32c(array, chunk)
+        if byte_range is None and expected is not None:
+            checksum = await asyncio.to_thread(extend, 0, found.as_numpy_array())
+            if checksum != expected:
+                raise _damaged(file, f"has the CRC32C {checksum:08x}, and was written with {expected:08x}")
+        return found
 
     async def exists(self, key: str) -> bool:
         return self._place(key) is not None or await self._metadata.exists(key)
@@ -112,14 +128,15 @@ class GenerationStore(UnionStore):
 
     __hash__ = None
 
-    def _place(self, key: str) -> tuple[Part, ChunkedArray] | None:
-        """The part that has the chunk of this key, and its array; None if that is no chunk that there is."""
+    def _place(self, key: str) -> tuple[Part, ChunkedArray, int] | None:
+        """The part that has the chunk of this key, its array and its index; None if that is no chunk that there is."""
         match = _CHUNK.match(key)
         array = self._generation.arrays.get(match[1]) if match else None
-        if match is None or array is None or array.chunk_key(int(match[2] or 0)) != key:
+        if match is None or array is None:
             return None
-        part = self._generation.part_with(array, int(match[2] or 0))
-        return None if part is None else (part, array)
+        chunk = int(match[2] or 0)
+        part = self._generation.part_with(array, chunk)
+        return (part, array, chunk) if part is not None and array.chunk_key(chunk) == key else None
 
 
 def _metadata(generation: GenerationSet) -> MemoryStore:
@@ -139,13 +156,8 @@ def _with_dimension_names(array: ChunkedArray) -> dict[str, Any]:
     return {**json.loads(array.metadata()), "dimension_names": [f"{name}.{dim}" for dim in range(len(array.shape))]}
 
 
-def _check_size(file: Path, expected: int) -> None:
-    try:
-        size = file.stat().st_size
-    except OSError as error:
-        raise DamagedError(
-            f"cannot read {file}: {error.strerror or error}. If its server deleted the generation meanwhile, open a "
-            f"newer one; else run 'zero-ps verify'"
-        ) from error
-    if size != expected:
-        raise DamagedError(f"{file} has {size} bytes, and the chunk has {expected}; run 'zero-ps verify'")
+def _damaged(file: Path, what: str) -> DamagedError:
+    return DamagedError(
+        f"{file} {what}. If its server deleted the generation meanwhile, open a newer one; else 'zero-ps verify' says "
+        "what to do"
+    )

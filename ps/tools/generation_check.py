@@ -8,9 +8,12 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+
 from protos.layout import place_all
 from ps.store import attributes, shard_file
 from ps.store.arrays import METADATA_FILE, ChunkedArray, all_arrays, group_metadata, state_array, value_array
+from ps.store.checksum import PIECE_BYTES, extend
 from ps.store.contents import CommitKey, GenerationHeader, StateArray
 from ps.store.errors import StoreError
 from ps.store.fields import Fields
@@ -100,9 +103,10 @@ class _Check:
         executor = ThreadPoolExecutor(THREADS, thread_name_prefix="verify")
         try:
             with progress(f"checking step {self._key.step}", total) as advance:
-                for size in executor.map(partial(self._check_file, advance), places.items()):
+                for size, with_checksum in executor.map(partial(self._check_file, advance), places.items()):
                     self.files += 1
                     self.bytes += size
+                    self.without_checksum += not with_checksum
         finally:
             executor.shutdown(cancel_futures=True)
 
@@ -229,19 +233,30 @@ class _Check:
             lists = part.path / shard_file.file_name(part.shard, self._num_shards)
             self._add(lists, f"lists chunk {chunk} of {array.path}, which has no such chunk")
 
-    def _check_file(self, advance: Advance, placed: tuple[tuple[ChunkedArray, int], Part]) -> int:
-        """Reads a chunk's file, and compares it with what is known of it. Returns its size in bytes."""
+    def _check_file(self, advance: Advance, placed: tuple[tuple[ChunkedArray, int], Part]) -> tuple[int, bool]:
+        """Reads a chunk's file, and compares it with what is known of it.
+
+        Returns its size in bytes, and whether its checksum is known.
+        """
         (array, chunk), part = placed
         file = part.path / array.chunk_key(chunk)
+        expected = part.held.crc32c(array, chunk)
+        size = checksum = 0
+        piece = np.empty(PIECE_BYTES, dtype=np.uint8)
         try:
-            size = file.stat().st_size
+            with file.open("rb", buffering=0) as opened:
+                while count := opened.readinto(piece.data):
+                    checksum = extend(checksum, piece[:count])
+                    size += count
+                    advance(count)
         except OSError as error:
             self._add(file, f"cannot be read ({error.strerror})")
-            return 0
-        if size != array.chunk_bytes:
-            self._add(file, f"has {size} bytes, and the chunk has {array.chunk_bytes}")
-        advance(size)
-        return size
+        else:
+            if size != array.chunk_bytes:
+                self._add(file, f"has {size} bytes, and the chunk has {array.chunk_bytes}")
+            elif expected is not None and checksum != expected:
+                self._add(file, f"is damaged: its CRC32C is {checksum:08x}, and it was written with {expected:08x}")
+        return size, expected is not None
 
 
 def _files_below(folder: Path, key: str) -> Iterator[str]:

@@ -104,6 +104,14 @@ def test_a_chunk_of_the_wrong_size_is_an_error_that_names_it(small):
         group["exp_avg/up.weight"][:3]
 
 
+def test_a_chunk_with_another_checksum_is_an_error_that_names_it(small):
+    group = ps.open_generation(small)
+    file = chunk_files(small, "weight/up.weight")[0]
+    file.write_bytes(bytes(len(file.read_bytes())))
+    with pytest.raises(DamagedError, match=f"{file} has the CRC32C"):
+        group["weight/up.weight"][:3]
+
+
 def test_state_that_was_never_stepped_reads_as_zeros(tmp_path):
     model = Model(small_manifest(), ADAM_STATE)
     model.states = [{} for _ in model.states]

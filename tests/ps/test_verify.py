@@ -73,6 +73,19 @@ def test_only_the_newest_is_read_unless_all_are_asked_for(dirs):
     assert [bool(generation.problems) for generation in everything.generations] == [True, False]
 
 
+def test_files_without_a_checksum_are_counted(dirs, capsys):
+    for shard in range(2):
+        edit_list(dirs, lambda arrays: [array.pop("crc32c") for array in arrays.values()], shard)
+    (generation,) = verify(dirs).generations
+    assert generation.without_checksum == generation.files > 0 and not generation.problems
+    damage_bit(dirs)
+    assert verify(dirs).ok, "only the size can be compared"
+    damage_size(dirs)
+    assert not verify(dirs).ok
+    main(["verify", "--step", "5", *map(str, dirs)])
+    assert f"{generation.files} files have no checksum" in capsys.readouterr().out
+
+
 def test_folders_copied_over_each_other_pass(dirs, tmp_path):
     union = unite([folder / "gpt/generations/00000005" for folder in dirs], tmp_path / "union")
     assert verify([union]).ok
@@ -82,6 +95,25 @@ def damage_size(dirs: list[Path]) -> Path:
     file = find(dirs, "exp_avg/up.weight/c/1/0")
     os.truncate(file, 1000)
     return file
+
+
+def damage_bit(dirs: list[Path]) -> Path:
+    file = find(dirs, "weight/up.weight/c/1/0")
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 4
+    file.write_bytes(content)
+    return file
+
+
+def damage_checksum(dirs: list[Path]) -> Path:
+    file = find(dirs, "weight/up.bias/c/0")
+    shard = dirs.index(file.parents[6])
+    edit_list(dirs, lambda arrays: arrays["weight/up.bias"]["crc32c"].__setitem__(0, 17), shard)
+    return file
+
+
+def damage_checksums(dirs: list[Path]) -> Path:
+    return edit_list(dirs, lambda arrays: arrays["weight/up.weight"]["crc32c"].append(17))
 
 
 def damage_missing(dirs: list[Path]) -> Path:
@@ -163,6 +195,9 @@ def damage_unknown_chunk(dirs: list[Path]) -> Path:
     "damage",
     [
         damage_size,
+        damage_bit,
+        damage_checksum,
+        damage_checksums,
         damage_missing,
         damage_stray,
         damage_array,
