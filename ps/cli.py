@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ps.arguments import ArgumentParser, size
-from ps.tools import export, import_, verify
+from ps.tools import export, import_, reshard, verify
 
 _DESCRIPTION = "ZeRO-3 parameter offload: parameter servers keep the model, trainers compute with it."
 
@@ -101,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     status.add_argument("addresses", nargs="+", metavar="ADDRESS", help="HOST:PORT, several also joined by commas")
     status.add_argument("--timeout", type=_seconds, default=5.0, metavar="SECONDS", help="(default: %(default)s)")
 
-    for tool in (verify, export, import_):
+    for tool in (verify, reshard, export, import_):
         tool.add_parser(commands)
 
     # Here only for the list of commands; `main` has taken them before.

@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from ps.store.data_dir import LOCK_FILE
+from ps.store.folder_lock import LOCK_FILE
 
 
 class DemoError(Exception):

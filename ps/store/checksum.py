@@ -1,5 +1,7 @@
 """CRC32C of chunk files: what a generation says that its files have."""
 
+from pathlib import Path
+
 import google_crc32c
 import numpy as np
 import numpy.typing as npt
@@ -24,4 +26,14 @@ def extend(value: int, data: npt.NDArray[np.uint8]) -> int:
     """The checksum of bytes whose beginning has the checksum `value` and whose rest is `data`."""
     for start in range(0, len(data), PIECE_BYTES):
         value = google_crc32c.extend(value, data[start : start + PIECE_BYTES])
+    return value
+
+
+def of_file(file: Path) -> int:
+    """Of all bytes of a file. Raises OSError."""
+    value = 0
+    piece = np.empty(PIECE_BYTES, dtype=np.uint8)
+    with file.open("rb", buffering=0) as opened:
+        while size := opened.readinto(piece.data):
+            value = extend(value, piece[:size])
     return value

@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Executor, Future
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from protos.layout import ChunkGrid, place_all
@@ -213,7 +212,7 @@ class ChunkWriter:
         if size != array.chunk_bytes:
             raise DamagedError(f"{file.path} has {size} bytes, and chunk {chunk} of {array.path} {array.chunk_bytes}")
         known = file.crc32c
-        self._written[array][chunk] = _checksum_of(target) if known is None else known
+        self._written[array][chunk] = checksum.of_file(target) if known is None else known
         handover.done()
         if not synced:
             self._sync([key])
@@ -232,12 +231,3 @@ class ChunkWriter:
     def _sync_files(self, keys: list[str]) -> None:
         for key in keys:
             durable.sync(self._folder / key)
-
-
-def _checksum_of(file: Path) -> int:
-    value = 0
-    piece = np.empty(checksum.PIECE_BYTES, dtype=np.uint8)
-    with file.open("rb", buffering=0) as opened:
-        while size := opened.readinto(piece.data):
-            value = checksum.extend(value, piece[:size])
-    return value

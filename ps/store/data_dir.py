@@ -1,46 +1,47 @@
 """A server's data folder: whose it is, and that only one process uses it."""
 
-import fcntl
-import os
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from protos.names import check_job_name
-from ps.store import durable
+from ps.store import durable, unfinished
 from ps.store.arrays import encode_document
 from ps.store.errors import DataDirError, check_format
 from ps.store.fields import Fields
+from ps.store.folder_lock import FolderLock
 from ps.store.job_store import GENERATIONS, JobStore
 
 FORMAT = 1
 CLAIM_FILE = "zero-ps.json"
-LOCK_FILE = ".lock"
 
 
 class DataDir:
     """The data folder of one server, claimed for shard `shard` of `num_shards`.
 
     Opening creates the folder (mode 0700) and the file `zero-ps.json` that tells whose it is, and locks it
-    until `close` or the end of the process, however it ends. Raises DataDirError, NewerFormatError or
-    DamagedError.
+    until `close` or the end of the process, however it ends.
+
+    filling: for the tools that fill the folder, which do not mind that it is not finished.
+
+    Raises DataDirError, NewerFormatError or DamagedError.
     """
 
-    def __init__(self, path: Path, shard: int, num_shards: int) -> None:
+    def __init__(self, path: Path, shard: int, num_shards: int, *, filling: bool = False) -> None:
         if not 0 <= shard < num_shards:
             raise ValueError(f"there is no shard {shard} of {num_shards}: shards count from 0")
         self.path = Path(path).absolute()
         self._shard = shard
         self._num_shards = num_shards
         self._cannot = f"shard {shard}/{num_shards} cannot open {self.path}"
+        self._lock: FolderLock | None = None
         try:
             durable.make_folders(self.path)
-            self._lock: int | None = os.open(self.path / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        except OSError as error:
-            raise self._unusable(error) from error
-        try:
-            self._take_lock(self._lock)
+            remedy = "stop that server, or choose another --data-dir"
+            self._lock = FolderLock(self.path, self._cannot, remedy)
             self._claim()
+            if not filling:
+                self._check_finished()
         except OSError as error:
             self.close()
             raise self._unusable(error) from error
@@ -62,7 +63,7 @@ class DataDir:
     def close(self) -> None:
         """Lets other processes use the folder."""
         if self._lock is not None:
-            os.close(self._lock)
+            self._lock.close()
             self._lock = None
 
     def __enter__(self) -> Self:
@@ -76,34 +77,26 @@ class DataDir:
     ) -> None:
         self.close()
 
-    def _take_lock(self, lock: int) -> None:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            pid = os.pread(lock, 32, 0).decode(errors="replace").strip()
-            by = f"the process with pid {pid}" if pid.isdigit() else "another process"
-            raise DataDirError(
-                f"{self._cannot}: {by} is using it; stop that server, or choose another --data-dir"
-            ) from error
-        os.ftruncate(lock, 0)
-        os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
-
     def _claim(self) -> None:
-        file = self.path / CLAIM_FILE
-        if not file.exists():
+        claimed = read_claim(self.path)
+        if claimed is None:
             claim = {"format": FORMAT, "shard": self._shard, "num_shards": self._num_shards}
-            durable.replace_file(file, encode_document(claim))
+            durable.replace_file(self.path / CLAIM_FILE, encode_document(claim))
             return
-        fields = Fields.of_file(file, "put back the file, or choose another --data-dir")
-        check_format(fields.integer("format", smallest=1), FORMAT, file)
-        num_shards = fields.integer("num_shards", smallest=1)
-        shard = fields.integer("shard", largest=num_shards - 1)
+        shard, num_shards = claimed
         if (shard, num_shards) != (self._shard, self._num_shards):
             jobs = self.jobs()
             of_jobs = " of " + ", ".join(f"job {job!r}" for job in jobs[:3]) if jobs else ""
             raise DataDirError(
                 f"{self._cannot}: it holds shard {shard}/{num_shards}{of_jobs}; start it with "
-                f"--shard {shard}/{num_shards}, or choose another --data-dir"
+                f"--shard {shard}/{num_shards}, choose another --data-dir, or run 'zero-ps reshard'"
+            )
+
+    def _check_finished(self) -> None:
+        if job := unfinished.marked_job(self.path):
+            raise DataDirError(
+                f"{self._cannot}: 'zero-ps reshard' has not finished filling it with job {job!r}; run that again, or "
+                "choose another --data-dir"
             )
 
     def _unusable(self, error: OSError) -> DataDirError:
@@ -111,6 +104,20 @@ class DataDir:
             f"{self._cannot}: {error.strerror or error}; choose a --data-dir in which this user may create "
             "files and folders"
         )
+
+
+def read_claim(folder: Path) -> tuple[int, int] | None:
+    """Whose data folder this is, as (shard, num_shards); None if it is nobody's.
+
+    Raises DamagedError or NewerFormatError.
+    """
+    file = folder / CLAIM_FILE
+    if not file.exists():
+        return None
+    fields = Fields.of_file(file, "put back the file, or choose another folder")
+    check_format(fields.integer("format", smallest=1), FORMAT, file)
+    num_shards = fields.integer("num_shards", smallest=1)
+    return fields.integer("shard", largest=num_shards - 1), num_shards
 
 
 def _is_job_name(name: str) -> bool:

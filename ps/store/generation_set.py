@@ -62,6 +62,11 @@ class GenerationSet:
         return self._places.get((array.path, chunk))
 
     @cached_property
+    def chunk_bytes(self) -> int:
+        """The size of all chunk files, in bytes."""
+        return sum(self.arrays[path].chunk_bytes for path, _ in self._places)
+
+    @cached_property
     def _places(self) -> dict[tuple[str, int], Part]:
         return {
             (path, chunk): part for part in self.parts for path, chunks in part.held.chunks.items() for chunk in chunks

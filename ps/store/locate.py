@@ -65,8 +65,8 @@ def _below(root: Path, job: str | None) -> Iterator[FoundFolder]:
     try:
         if _is_generation(root):
             yield from _described(root, None, GenerationFolder(_step_of(root), None, root), job)
-        elif (root / CLAIM_FILE).is_file() or _jobs(root):
-            for name in _jobs(root):
+        elif (root / CLAIM_FILE).is_file() or job_names(root):
+            for name in job_names(root):
                 for generation in _generations(root / name) if job in (None, name) else ():
                     yield from _described(root, name, generation, job)
         elif (root / GENERATIONS).is_dir():
@@ -83,7 +83,8 @@ def _below(root: Path, job: str | None) -> Iterator[FoundFolder]:
         raise GenerationMissingError(f"cannot read {root}: {error.strerror or error}; check the name") from error
 
 
-def _jobs(root: Path) -> list[str]:
+def job_names(root: Path) -> list[str]:
+    """The jobs in a server's data folder, by the names of their folders. Raises OSError."""
     return sorted(path.name for path in root.iterdir() if (path / GENERATIONS).is_dir())
 
 

@@ -4,6 +4,8 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import tensorstore
 import torch
 
 from ps.store import DataDir, OptimizerGroup, OptimizerSpec, StateArray, StoredParameter
@@ -79,6 +81,12 @@ def unite(paths: list[Path], target: Path) -> Path:
     for path in paths:
         shutil.copytree(path, target, dirs_exist_ok=True)
     return target
+
+
+def read_with_tensorstore(group: Path, path: str) -> np.ndarray:
+    """An array as TensorStore reads it, without anything of this project."""
+    spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(group / path)}}
+    return tensorstore.open(spec, read=True).result().read().result()
 
 
 def expected_arrays(model: Model) -> dict[str, torch.Tensor]:

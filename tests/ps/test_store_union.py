@@ -10,7 +10,16 @@ import torch
 
 from ps.store import JobStore, OptimizerGroup, OptimizerSpec
 from ps.store.testing import Model
-from tests.ps.stored import STATES, expected_arrays, manifest, unite, write_shards
+from ps.tools.resharding import reshard
+from tests.ps.stored import (
+    STATES,
+    data_dirs,
+    expected_arrays,
+    manifest,
+    read_with_tensorstore,
+    unite,
+    write_shards,
+)
 
 READ_ALL = """
 import sys, warnings, numpy, zarr
@@ -76,14 +85,17 @@ def test_zarr_python_reads_bfloat16_in_a_process_that_registered_it(tmp_path):
     assert torch.equal(found, model.values[6])
 
 
-def test_tensorstore_reads_every_array(tmp_path):
-    ts = pytest.importorskip("tensorstore")
+@pytest.mark.parametrize("resharded", [False, True], ids=["committed", "resharded"])
+def test_tensorstore_reads_every_array(tmp_path, resharded):
     model = Model(manifest(bf16=True), STATES)
-    union = unite(write_shards(tmp_path, model, 2), tmp_path / "union")
+    paths = write_shards(tmp_path, model, 2)
+    if resharded:
+        targets = data_dirs(tmp_path / "new", 3)
+        reshard(data_dirs(tmp_path, 2), targets)
+        paths = [folder / "gpt/generations/00000005" for folder in targets]
+    union = unite(paths, tmp_path / "union")
     for path, tensor in expected_arrays(model).items():
-        spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(union / path)}}
-        array = ts.open(spec, read=True).result()
-        assert array.dtype.name == str(tensor.dtype).removeprefix("torch.")
-        found = array.read().result()
+        found = read_with_tensorstore(union, path)
+        assert found.dtype.name == str(tensor.dtype).removeprefix("torch.")
         assert found.shape == tensor.shape, path
         assert found.tobytes() == tensor.reshape(-1).view(torch.uint8).numpy().tobytes(), path
