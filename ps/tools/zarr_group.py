@@ -1,6 +1,7 @@
 """Tensors as one plain zarr v3 group, in the layout of a generation's values."""
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,9 @@ from ps.store.contents import StoredParameter
 from ps.tools.tensor_file import bytes_of
 from ps.tools.whole import WholeTensor
 
+SYNC_THREADS = 16
+"""Files that wait for the disk at a time; a model has two for every parameter at least."""
+
 
 class ZarrGroup:
     """A `Destination`: `weight/<name>`, `buffer/<name>` and `<state>/<name>` below a folder that exists.
@@ -22,13 +26,13 @@ class ZarrGroup:
     def __init__(self, folder: Path, tensors: Sequence[WholeTensor], attributes: Mapping[str, object]) -> None:
         self._folder = folder
         self._arrays = {tensor: _array(tensor) for tensor in tensors}
-        durable.write_file(folder / METADATA_FILE, group_metadata(attributes))
+        (folder / METADATA_FILE).write_bytes(group_metadata(attributes))
         for group in sorted({array.path.split("/")[0] for array in self._arrays.values()}):
             (folder / group).mkdir()
-            durable.write_file(folder / group / METADATA_FILE, group_metadata({}))
+            (folder / group / METADATA_FILE).write_bytes(group_metadata({}))
         for array in self._arrays.values():
             (folder / array.path).mkdir()
-            durable.write_file(folder / array.path / METADATA_FILE, array.metadata())
+            (folder / array.path / METADATA_FILE).write_bytes(array.metadata())
 
     def write(self, tensor: WholeTensor, chunk: int, values: torch.Tensor) -> None:
         array = self._arrays[tensor]
@@ -41,8 +45,9 @@ class ZarrGroup:
             file.write(bytes(array.chunk_bytes - len(data)))
 
     def finish(self) -> None:
-        for path in self._folder.rglob("*"):
-            durable.sync(path)
+        with ThreadPoolExecutor(SYNC_THREADS, thread_name_prefix="export-sync") as executor:
+            for _ in executor.map(durable.sync, self._folder.rglob("*")):
+                pass
 
 
 def _array(tensor: WholeTensor) -> ChunkedArray:

@@ -15,12 +15,13 @@ import safetensors.torch
 import torch
 import zarr
 
+from ps.cli import main
 from ps.store import DamagedError, OptimizerGroup, OptimizerSpec, StoredParameter
 from ps.store.testing import ADAM_STATE, Model
 from ps.tools import export_model
 from ps.tools.errors import ToolError
 from ps.tools.export_model import ExportOptions, export
-from tests.ps.stored import data_dirs, manifest, write_shards
+from tests.ps.stored import data_dirs, manifest, unite, write_shards
 
 TRAINED = [0, 1, 2, 5]
 """The parameters of `manifest` that are trained and not empty."""
@@ -241,6 +242,26 @@ def test_the_commit_that_is_asked_for_is_exported(tmp_path):
         assert_same(found, values(models[step or 6]))
 
 
+def test_folders_copied_over_each_other_are_exported_too(tmp_path):
+    model = adam_model(few())
+    union = unite(write_shards(tmp_path, model, 3), tmp_path / "union")
+    export([union], ExportOptions("safetensors", tmp_path / "out"))
+    assert_same(safetensors.torch.load_file(tmp_path / "out/model.safetensors"), values(model))
+
+
+@pytest.mark.parametrize("name", ["safetensors", "torch", "zarr"])
+def test_an_optimizer_that_keeps_nothing_has_only_its_options(tmp_path, name):
+    model = Model(few(), {})
+    write_shards(tmp_path, model, 1, optimizer=OptimizerSpec("SGD", (OptimizerGroup({"lr": 0.5}, (0, 1)),)))
+    export(data_dirs(tmp_path, 1), ExportOptions(name, tmp_path / "out", state=True))
+    if name == "torch":
+        optimizer = torch.optim.SGD([torch.nn.Parameter(value) for value in model.values[:2]])
+        optimizer.load_state_dict(torch.load(tmp_path / "out/optimizer.pt", weights_only=True))
+        assert optimizer.param_groups[0]["lr"] == 0.5 and not optimizer.state
+    elif name == "safetensors":
+        assert safetensors.torch.load_file(tmp_path / "out/optimizer.safetensors") == {}
+
+
 def test_state_of_parameters_that_were_never_stepped_is_left_out(tmp_path):
     model = adam_model(few())
     model.states[0] = {}
@@ -311,28 +332,59 @@ def test_a_damaged_chunk_leaves_nothing(small, tmp_path, name):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["shard-0", "shard-1"]
 
 
+@pytest.mark.parametrize("name", ["safetensors", "torch", "zarr"])
+def test_nothing_has_its_name_before_all_of_it_is_written(small, tmp_path, monkeypatch, name):
+    before = []
+
+    def watched(generation, places, copy=export_model.copy):
+        for written in copy(generation, places):
+            before.append((tmp_path / "out").exists())
+            yield written
+        before.append((tmp_path / "out").exists())
+
+    monkeypatch.setattr(export_model, "copy", watched)
+    export(small, ExportOptions(name, tmp_path / "out"))
+    assert len(before) > 4 and not any(before)
+    assert (tmp_path / "out").exists()
+
+
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from ps.tools import tensor_file, zarr_group, export_model
-done = export_model.copy
-def copy(generation, places):
-    for number, written in enumerate(done(generation, places)):
+from ps.tools import export_model
+def copy(generation, places, copy=export_model.copy):
+    for number, written in enumerate(copy(generation, places)):
         if number == 2:
             os.kill(os.getpid(), signal.SIGKILL)
         yield written
 export_model.copy = copy
-export_model.export([Path(p) for p in sys.argv[3:]], export_model.ExportOptions(sys.argv[1], Path(sys.argv[2])))
+export_model.export([Path(p) for p in sys.argv[2:]], export_model.ExportOptions("torch", Path(sys.argv[1])))
 """
 
 
-@pytest.mark.parametrize("name", ["safetensors", "torch", "zarr"])
-def test_a_killed_export_leaves_nothing_under_its_name(small, tmp_path, name):
-    command = [sys.executable, "-c", KILLED, name, str(tmp_path / "out"), *map(str, small)]
-    assert subprocess.run(command, check=False, timeout=60).returncode == -signal.SIGKILL
+def test_a_killed_export_leaves_nothing_under_its_name(small, tmp_path):
+    command = [sys.executable, "-c", KILLED, str(tmp_path / "out"), *map(str, small)]
+    assert subprocess.run(command, check=False, timeout=100).returncode == -signal.SIGKILL
     assert not (tmp_path / "out").exists()
     assert [path.name.startswith(".out.tmp-") for path in tmp_path.iterdir() if path not in small] == [True]
-    export(small, ExportOptions(name, tmp_path / "out"))
+    export(small, ExportOptions("torch", tmp_path / "out"))
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("a defect")])
+def test_an_interrupted_export_leaves_nothing(small, tmp_path, monkeypatch, capsys, error):
+    def interrupted(generation, places):
+        yield 1
+        raise error
+
+    monkeypatch.setattr(export_model, "copy", interrupted)
+    arguments = ["export", *map(str, small), "--format", "zarr", "--out", str(tmp_path / "out")]
+    if isinstance(error, KeyboardInterrupt):
+        assert main(arguments) == 130
+        assert capsys.readouterr().err.endswith("zero-ps export: interrupted; what was written is removed again\n")
+    else:
+        with pytest.raises(RuntimeError):
+            main(arguments)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["shard-0", "shard-1"]
 
 
 @pytest.mark.parametrize("name", ["safetensors", "torch", "zarr"])
@@ -350,22 +402,46 @@ def test_a_full_disk_says_so_and_leaves_nothing(whole, small_disk, monkeypatch, 
 # ---------------------------------------------------------------- the command
 
 
-def command(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "ps", *map(str, arguments)], check=False, capture_output=True, text=True, timeout=60
-    )
+def test_the_command_says_what_it_wrote(small, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(["export", *map(str, small), "--format", "safetensors", "--dtype", "bf16", "--out", str(out)]) == 0
+    shown = capsys.readouterr()
+    assert shown.err == "exporting step 5: 5.1 MiB\n"
+    assert shown.out.splitlines() == [
+        f"job 'gpt', step 5, commit c0: 4 tensors, 5.1 MiB, in {out}:",
+        "  model.safetensors",
+    ]
+    assert main(["export", *map(str, small), "--format", "torch", "--out", str(out)]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == "" and shown.err.startswith(f"zero-ps export: {out} exists; choose another")
 
 
-def test_the_command_says_what_it_wrote(small, tmp_path):
-    done = command("export", *small, "--format", "safetensors", "--dtype", "bf16", "--out", tmp_path / "out")
-    assert (done.returncode, done.stderr) == (0, f"exporting step 5: {done.stderr.split(': ')[1]}")
-    assert done.stdout.splitlines()[0].startswith("job 'gpt', step 5, commit c0: 4 tensors, 5.1 MiB")
-    assert done.stdout.splitlines()[1:] == ["  model.safetensors"]
-    again = command("export", *small, "--format", "torch", "--out", tmp_path / "out")
-    assert again.returncode == 2 and again.stdout == ""
-    assert again.stderr.startswith(f"zero-ps export: {tmp_path / 'out'} exists")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["DIR", "--out", "x"], "the following arguments are required: --format"),
+        (["DIR", "--format", "torch"], "the following arguments are required: --out"),
+        (["DIR", "--format", "pickle", "--out", "x"], "argument --format: invalid choice: 'pickle'"),
+        (["DIR", "--format", "torch", "--out", ""], "argument --out: the name is empty"),
+        (["DIR", "--format", "torch", "--out", "x", "--step", "-1"], "argument --step: "),
+        (["DIR", "--format", "torch", "--out", "x", "--max-shard-size", "big"], "argument --max-shard-size: 'big' is"),
+    ],
+)
+def test_wrong_arguments_are_refused_in_a_line(capsys, arguments, message):
+    with pytest.raises(SystemExit) as ended:
+        main(["export", *arguments])
+    shown = capsys.readouterr().err
+    assert ended.value.code == 2 and message in shown and shown.count("\n") == 1
 
 
-def test_the_command_has_examples():
-    done = command("export", "--help")
-    assert done.returncode == 0 and "examples:" in done.stdout and "--state --step 1000" in done.stdout
+def test_a_folder_that_holds_no_commit_is_named(tmp_path, capsys):
+    assert main(["export", str(tmp_path / "none"), "--format", "torch", "--out", str(tmp_path / "out")]) == 2
+    assert f"zero-ps export: cannot read {tmp_path / 'none'}: No such file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "example"), [("export", "--state --step 1000"), ("import", "--map 'model.*=*'")])
+def test_help_has_examples(capsys, name, example):
+    with pytest.raises(SystemExit) as ended:
+        main([name, "--help"])
+    shown = capsys.readouterr().out
+    assert ended.value.code == 0 and "examples:" in shown and example in shown
