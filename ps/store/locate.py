@@ -30,6 +30,7 @@ class FoundFolder:
     replaced: counts the replaced generations of a step (`generation_folders`); None for the one in place.
     shards: (shard, num_shards) of whom this has chunks: one, unless servers' folders were copied over
         each other.
+    identity: (device, inode), which tells it from another one that has its name later.
     problem: why the key or the shards cannot be told; None if they can. The commit_id is "" then.
     """
 
@@ -39,7 +40,13 @@ class FoundFolder:
     replaced: int | None
     key: CommitKey
     shards: tuple[tuple[int, int], ...]
+    identity: tuple[int, int]
     problem: str | None = None
+
+    @property
+    def is_there(self) -> bool:
+        """Whether it has not been deleted, replaced or renamed since it was found."""
+        return _identity(self.path) == self.identity
 
 
 def find_folders(folders: Sequence[Path], job: str | None = None) -> list[FoundFolder]:
@@ -64,14 +71,14 @@ def find_folders(folders: Sequence[Path], job: str | None = None) -> list[FoundF
 def _below(root: Path, job: str | None) -> Iterator[FoundFolder]:
     try:
         if _is_generation(root):
-            yield from _described(root, None, GenerationFolder(_step_of(root), None, root), job)
+            yield from _described(root, None, root, job)
         elif (root / CLAIM_FILE).is_file() or job_names(root):
             for name in job_names(root):
                 for generation in _generations(root / name) if job in (None, name) else ():
-                    yield from _described(root, name, generation, job)
+                    yield from _described(root, name, generation.path, job, generation)
         elif (root / GENERATIONS).is_dir():
             for generation in _generations(root):
-                yield from _described(root, None, generation, job)
+                yield from _described(root, None, generation.path, job, generation)
         else:
             inside = sorted(path.name for path in root.iterdir() if (path / CLAIM_FILE).is_file())
             raise GenerationMissingError(
@@ -96,28 +103,39 @@ def _is_generation(folder: Path) -> bool:
     return (folder / METADATA_FILE).is_file() and bool(_shards(folder))
 
 
-def _step_of(folder: Path) -> int:
-    return _key(folder)[1].step
+def _described(
+    root: Path, job: str | None, path: Path, wanted: str | None, place: GenerationFolder | None = None
+) -> Iterator[FoundFolder]:
+    """What is known of a generation; nothing if it is of another job or was deleted just now.
 
-
-def _described(root: Path, job: str | None, generation: GenerationFolder, wanted: str | None) -> Iterator[FoundFolder]:
-    """What is known of a generation; nothing if it is of another job or was deleted just now."""
+    place: what its name says, where it is among others.
+    """
     problem = None
+    identity = _identity(path)
     try:
-        stated, key = _key(generation.path)
-        if key.step != generation.step:
-            problem = f"{generation.path / METADATA_FILE} says step {key.step}, and its folder says {generation.step}"
+        stated, key = _key(path)
+        if place is not None and key.step != place.step:
+            problem = f"{path / METADATA_FILE} says step {key.step}, and its folder says {place.step}; {REMEDY}"
     except StoreError as error:
-        if not generation.path.is_dir():
-            return
-        stated, key, problem = "", CommitKey(generation.step, ""), str(error)
-    shards = _shards(generation.path)
+        stated, key, problem = "", CommitKey(0, ""), str(error)
+    shards = _shards(path)
     if not shards:
-        problem = problem or f"{generation.path} has no file shard-<i>-of-<n>.json, which says what it holds; {REMEDY}"
+        problem = problem or f"{path} has no file shard-<i>-of-<n>.json, which says what it holds; {REMEDY}"
     if problem is not None:
-        key = CommitKey(generation.step, "")
-    if wanted in (None, job or stated):
-        yield FoundFolder(root, job or stated, generation.path, generation.number, key, shards, problem)
+        key = CommitKey(key.step if place is None else place.step, "")
+    if identity is None or _identity(path) != identity:
+        return
+    if wanted in (None, job or stated) or (problem is not None and not (job or stated)):
+        replaced = None if place is None else place.number
+        yield FoundFolder(root, job or stated, path, replaced, key, shards, identity, problem)
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        stat = path.stat()
+    except OSError:
+        return None
+    return stat.st_dev, stat.st_ino
 
 
 def _key(folder: Path) -> tuple[str, CommitKey]:

@@ -1,12 +1,15 @@
 """Whether commits are whole: everything that a generation's files say is compared with what is there."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ps.store.contents import CommitKey
+from ps.store.data_dir import CLAIM_FILE, read_claim
+from ps.store.errors import StoreError
 from ps.store.generation_set import complete_keys, nothing_complete, of_one_job
 from ps.store.locate import FoundFolder, find_folders
+from ps.store.unfinished import MARK_FILE
 from ps.tools.generation_check import GenerationReport, Problem, check_generation
 from ps.tools.progress import Progress, silent
 
@@ -56,10 +59,10 @@ def verify(
     for _ in range(_ATTEMPTS):
         found = of_one_job(find_folders(folders, job))
         report = _verify(folders, found, step, all_steps, progress)
-        # A generation that goes while it is looked at takes what was found along.
-        if report.ok or find_folders(folders, job) == found:
-            break
-    return report
+        if report.generations or find_folders(folders, job) == found:
+            return report
+    what = f"has a server that deleted {_ATTEMPTS} generations while they were read; start it with a larger --keep"
+    return Report(others=[Problem(folders[0], what)])
 
 
 def _verify(
@@ -72,16 +75,47 @@ def _verify(
     oldest = chosen[0][0].step if chosen else -1
     if not chosen:
         report.others.append(Problem(folders[0], nothing_complete(found, step)))
-    for folder in wanted:
-        if folder.problem is not None and folder.replaced is None and folder.key.step >= oldest:
+    report.others += _wrong_claims(found)
+    report.notes += _unfinished(found)
+    for folder in found:
+        newer = folder in wanted and folder.replaced is None and folder.key.step >= oldest
+        # Of one that was named by itself not even the step need be known.
+        if folder.problem is not None and (newer or folder.path == folder.root):
             report.others.append(Problem(folder.path, folder.problem))
     if chosen:
         report.notes += _on_some_servers(wanted, complete, oldest)
     for key, num_shards in chosen:
         parts = [f for f in wanted if f.key == key and num_shards in {of for _, of in f.shards}]
         others = [other.step for other, _ in complete_keys(found) if other.step != key.step]
-        report.generations.append(check_generation(parts, key, num_shards, _remedy(key.step, others), progress))
+        checked = check_generation(parts, key, num_shards, _remedy(key.step, others), progress)
+        if checked.problems and not all(part.is_there for part in parts):
+            report.notes.append(f"{key} was deleted while it was read")
+        else:
+            report.generations.append(checked)
     return report
+
+
+def _wrong_claims(found: Sequence[FoundFolder]) -> Iterator[Problem]:
+    """Data folders of which their own server would not find what is in them."""
+    for root in dict.fromkeys(folder.root for folder in found):
+        try:
+            claimed = read_claim(root)
+        except StoreError as error:
+            yield Problem(root / CLAIM_FILE, str(error))
+            continue
+        held = {shard for folder in found if folder.root == root for shard in folder.shards}
+        if claimed is not None and held and claimed not in held:
+            of = ", ".join(f"{shard}/{num_shards}" for shard, num_shards in sorted(held))
+            what = (
+                f"says shard {claimed[0]}/{claimed[1]}, and what is in the folder is of shard {of}; put the file back"
+            )
+            yield Problem(root / CLAIM_FILE, what)
+
+
+def _unfinished(found: Sequence[FoundFolder]) -> Iterator[str]:
+    for root in dict.fromkeys(folder.root for folder in found):
+        if (root / MARK_FILE).exists():
+            yield f"{root} is being filled by 'zero-ps reshard', or it was interrupted: run it again"
 
 
 def _remedy(step: int, others: Sequence[int]) -> str:

@@ -1,5 +1,6 @@
 """`zero-ps verify`: a commit that is whole passes, and whatever is wrong with one is found and named."""
 
+import itertools
 import json
 import os
 import re
@@ -12,8 +13,10 @@ from pathlib import Path
 import pytest
 
 from ps.cli import main
-from ps.store import DataDir
+from ps.store import DataDir, unfinished
 from ps.store.testing import ADAM_STATE, Model
+from ps.tools import verification
+from ps.tools.generation_check import check_generation
 from ps.tools.verification import verify
 from tests.ps.stored import data_dirs, manifest, small_manifest, unite, write_shards
 
@@ -178,6 +181,17 @@ def damage_list(dirs: list[Path]) -> Path:
     return file
 
 
+def damage_claim(dirs: list[Path]) -> Path:
+    file = dirs[1] / "zero-ps.json"
+    file.write_text(file.read_text().replace('"shard": 1', '"shard": 0'))
+    return file
+
+
+def damage_unreadable_claim(dirs: list[Path]) -> Path:
+    (dirs[1] / "zero-ps.json").write_text("x")
+    return dirs[1] / "zero-ps.json"
+
+
 def damage_no_list(dirs: list[Path]) -> Path:
     (dirs[1] / "gpt/generations/00000005/shard-1-of-2.json").unlink()
     return dirs[1] / "gpt/generations/00000005"
@@ -209,6 +223,8 @@ def damage_unknown_chunk(dirs: list[Path]) -> Path:
         damage_job,
         damage_list,
         damage_no_list,
+        damage_claim,
+        damage_unreadable_claim,
         damage_unknown_array,
         damage_unknown_chunk,
     ],
@@ -219,6 +235,19 @@ def test_whatever_is_wrong_is_found_and_named(dirs, damage):
     assert not report.ok
     assert any(str(file) in str(problem) for problem in report.problems), list(map(str, report.problems))
     assert all(str(problem.file) in str(problem) and "; " in str(problem) for problem in report.problems)
+
+
+def test_a_single_generation_that_cannot_be_read_is_a_problem_too(dirs):
+    file = dirs[1] / "gpt/generations/00000005/zarr.json"
+    file.write_text("{")
+    report = verify([folder / "gpt/generations/00000005" for folder in dirs])
+    assert not report.ok and any(str(file) in str(problem) for problem in report.problems)
+
+
+def test_a_folder_that_is_still_being_filled_is_a_note(dirs):
+    unfinished.mark(dirs[0], "gpt")
+    report = verify(dirs)
+    assert report.ok and f"{dirs[0]} is being filled" in report.notes[0]
 
 
 def test_a_chunk_that_no_server_lists_is_missed(dirs):
@@ -290,6 +319,21 @@ def test_servers_that_commit_and_delete_meanwhile_cause_no_problem(tmp_path, mod
     finally:
         stop.set()
         thread.join()
+
+
+def test_a_server_that_deletes_faster_than_one_can_read_is_named(dirs, model, monkeypatch):
+    steps = itertools.count(6)
+
+    def replaced_meanwhile(*arguments, **options):
+        for folder in dirs:
+            shutil.rmtree(folder / "gpt")
+        write_shards(dirs[0].parent, model, 2, step=next(steps))
+        return check_generation(*arguments, **options)
+
+    monkeypatch.setattr(verification, "check_generation", replaced_meanwhile)
+    report = verify(dirs)
+    assert not report.ok and "start it with a larger --keep" in str(report.problems[0])
+    assert len(report.problems) == 1 and next(steps) == 11
 
 
 class TestCommand:
