@@ -277,6 +277,7 @@ class Coordinator:
     def _next_bucket(self, bucket_elements: int, version: int) -> list[OffloadedParameter]:
         """Takes from the frontier on what goes into one request, and gives it memory."""
         bucket: dict[OffloadedParameter, None] = {}
+        keep = set(self._serving)
         elements = 0
         while (state := self.forecast.at(self._frontier)) is not None:
             if state.version != version and state.request is None and state not in bucket:
@@ -285,11 +286,12 @@ class Coordinator:
                 if state.active or state.aliased:
                     # In use at another version than this, by somebody who will have to wait for it.
                     break
-                if not state.resident_bytes and not self._room_ahead(state, {*bucket, *self._serving}):
+                if not state.resident_bytes and not self._room_ahead(state, keep):
                     break
                 with self._plain_tensors():
                     self.residency.allocate(state)
                 bucket[state] = None
+                keep.add(state)
                 elements += state.numel
             self._frontier += 1
         return list(bucket)
