@@ -5,7 +5,7 @@ import sys
 
 from benchmarks import report
 
-MODULES = ("hooks", "memory")
+MODULES = ("coordinator", "hooks", "memory")
 
 
 def _all(quick: bool) -> list[report.Row]:
