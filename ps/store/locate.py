@@ -14,7 +14,7 @@ from ps.store.fields import Fields
 from ps.store.generation_folders import GenerationFolder
 from ps.store.job_store import GENERATIONS
 
-SHARD_FILE = re.compile(r"shard-(0|[1-9]\d{0,5})-of-([1-9]\d{0,5})\.json")
+_SHARD_FILE = re.compile(r"shard-(0|[1-9]\d{0,5})-of-([1-9]\d{0,5})\.json")
 
 _ATTEMPTS = 100
 
@@ -144,5 +144,5 @@ def _key(folder: Path) -> tuple[str, CommitKey]:
 
 
 def _shards(folder: Path) -> tuple[tuple[int, int], ...]:
-    matches = (SHARD_FILE.fullmatch(path.name) for path in folder.glob("shard-*.json"))
+    matches = (_SHARD_FILE.fullmatch(path.name) for path in folder.glob("shard-*.json"))
     return tuple(sorted((int(m[1]), int(m[2])) for m in matches if m and int(m[1]) < int(m[2])))

@@ -20,7 +20,6 @@ from ps.store.bfloat16 import register_bfloat16
 from ps.store.checksum import extend
 from ps.store.errors import DamagedError
 from ps.store.generation_set import GenerationSet, Part, find_generation
-from ps.store.locate import SHARD_FILE
 from ps.store.union_store import UnionStore
 
 _CHUNK = re.compile(r"([^/]+/[^/]+)/c(?:/(\d{1,18}))?")
@@ -64,6 +63,7 @@ class GenerationStore(UnionStore):
         super().__init__(list(dict.fromkeys(part.path for part in generation.parts)), read_only=read_only)
         self._generation = generation
         self._metadata = _metadata(generation)
+        self._top = {METADATA_FILE, *(path.split("/")[0] for path in generation.arrays)}
         self._store_of = dict(zip(self.folders, self._stores, strict=True))
 
     def with_read_only(self, read_only: bool = False) -> Store:
@@ -102,17 +102,17 @@ class GenerationStore(UnionStore):
 
     async def list(self) -> AsyncIterator[str]:
         async for key in super().list():
-            if not SHARD_FILE.fullmatch(key):
+            if self._is_zarr(key):
                 yield key
 
     async def list_prefix(self, prefix: str) -> AsyncIterator[str]:
         async for key in super().list_prefix(prefix):
-            if not SHARD_FILE.fullmatch(key):
+            if self._is_zarr(key):
                 yield key
 
     async def list_dir(self, prefix: str) -> AsyncIterator[str]:
         async for name in super().list_dir(prefix):
-            if prefix or not SHARD_FILE.fullmatch(name):
+            if prefix or self._is_zarr(name):
                 yield name
 
     def __str__(self) -> str:
@@ -127,6 +127,10 @@ class GenerationStore(UnionStore):
         )
 
     __hash__ = None
+
+    def _is_zarr(self, key: str) -> bool:
+        """Whether it is, or is in, a part of the zarr hierarchy: servers keep other files beside the groups."""
+        return key.split("/", maxsplit=1)[0] in self._top
 
     def _place(self, key: str) -> tuple[Part, ChunkedArray, int] | None:
         """The part that has the chunk of this key, its array and its index; None if that is no chunk that there is."""

@@ -26,7 +26,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     """Adds `verify` to the commands of `zero-ps`."""
     parser = commands.add_parser(
         "verify",
-        help="check what servers committed: every chunk there once, checksums right",
+        help="check that what servers committed is whole",
         description="Check a commit over the folders of all servers: every chunk of the model is there exactly once "
         "and has the size and the checksum with which it was committed, and all folders describe the same model.",
         epilog=_EXAMPLES,
