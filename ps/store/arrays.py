@@ -64,7 +64,7 @@ class ChunkedArray:
 def value_array(parameter: StoredParameter) -> ChunkedArray:
     """The array of a parameter's weights, or of a buffer's values."""
     folder = "weight" if parameter.kind == "parameter" else "buffer"
-    return _per_element(f"{folder}/{parameter.name}", parameter, parameter.dtype)
+    return per_element_array(f"{folder}/{parameter.name}", parameter.shape, parameter.dtype)
 
 
 def state_array(parameter: StoredParameter, state: StateArray) -> ChunkedArray:
@@ -76,7 +76,7 @@ def state_array(parameter: StoredParameter, state: StateArray) -> ChunkedArray:
     path = f"{state.name}/{parameter.name}"
     dtype = parameter.dtype if state.dtype is None else state.dtype
     if state.per_element:
-        return _per_element(path, parameter, dtype)
+        return per_element_array(path, parameter.shape, dtype)
     return ChunkedArray(path, (ChunkGrid.of(parameter.shape).num_chunks,), (1,), dtype)
 
 
@@ -137,8 +137,8 @@ def dtype_from_name(name: str) -> torch.dtype:
     return _DTYPES[name]
 
 
-def _per_element(path: str, parameter: StoredParameter, dtype: torch.dtype) -> ChunkedArray:
-    shape = parameter.shape
+def per_element_array(path: str, shape: tuple[int, ...], dtype: torch.dtype) -> ChunkedArray:
+    """An array with one element for each of a parameter of this shape, in that parameter's chunks."""
     # zarr has no empty chunks, so an empty dimension gets a chunk length of 1 (and no chunk).
     chunk_shape = tuple(max(1, n) for n in (ChunkGrid.of(shape).chunk_rows, *shape[1:])) if shape else ()
     return ChunkedArray(path, shape, chunk_shape, dtype)

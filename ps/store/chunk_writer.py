@@ -28,7 +28,7 @@ copied together first: a call costs half a millisecond, however little it writes
 TOGETHER = 32
 """The most small tensors of one call: each is a file, and a call's files are synced one after another."""
 
-_NO_LINKS = (errno.EXDEV, errno.EMLINK, errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP)
+NO_LINKS = (errno.EXDEV, errno.EMLINK, errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP)
 """Why a file cannot be linked here and has to be copied: another file system, too many links, none at all."""
 
 
@@ -203,7 +203,7 @@ class ChunkWriter:
         except FileNotFoundError as error:
             raise DamagedError(f"{file.path}, which holds chunk {chunk} of {array.path}, is gone") from error
         except OSError as error:
-            if error.errno not in _NO_LINKS:
+            if error.errno not in NO_LINKS:
                 raise
             shutil.copyfile(file.path, target)
             synced = False
