@@ -1,12 +1,16 @@
-"""One chunk in memory: its weight, its optimizer state, its version, and what pulls are answered from."""
+"""One chunk: its weight, its optimizer state, its version, and what pulls are answered from."""
 
 import math
 import threading
+from collections.abc import Collection
 
 import torch
 
 from ps.errors import Conflict, VersionGone
+from ps.home import IN_MEMORY, Forecast, Home
+from ps.monitor import Patience
 from ps.store import ChunkFile, ChunkState
+from ps.tier import Incoming, Part
 
 
 class Chunk:
@@ -15,15 +19,24 @@ class Chunk:
     shape: of the chunk as an array; dtype: as stored.
     version: how many optimizer steps the chunk has been through. It may be read without the lock, but
         whoever needs bytes of that version reads them under it.
-    weight: None until the chunk got its first. The tensor stays the same object ever after, so that
-        state and views which refer to it stay true.
+    weight: without content until the chunk got its first.
     state: what the optimizer keeps, under torch's own names.
     stored: the files of a generation that have the present weight and state in them, or None. A file may be
         gone by now.
+    copies: the weight in other dtypes, for pulls. One without content is of an earlier version.
+
+    Tensors of parts may be used with a lease of them and `lock`, taken in this order.
     """
 
     def __init__(
-        self, parameter: int, index: int, label: str, shape: tuple[int, ...], dtype: torch.dtype, version: int
+        self,
+        parameter: int,
+        index: int,
+        label: str,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        version: int,
+        home: Home | None = None,
     ) -> None:
         self.parameter = parameter
         self.index = index
@@ -33,12 +46,25 @@ class Chunk:
         self.version = version
         self.elements = math.prod(shape)
         self.lock = threading.Lock()
-        self.weight: torch.Tensor | None = None
-        self.state: dict[str, torch.Tensor] = {}
+        self.home = home or Home(IN_MEMORY, label)
+        self.tier = self.home.tier
+        # When the parts of a kind are used next: set by who knows.
+        self.forecasts: dict[str, Forecast] = {}
+        self.weight = self.new_part("weight", dtype)
+        self.state: dict[str, Part] = {}
+        self.copies: dict[torch.dtype, Part] = {}
         self.stored: ChunkState[ChunkFile] | None = None
-        # By wire dtype: the converted weight, and whether it is of the present version.
-        self._copies: dict[torch.dtype, torch.Tensor] = {}
-        self._views: dict[torch.dtype, memoryview] = {}
+
+    def new_part(
+        self, folder: str, dtype: torch.dtype, *, kind: str = "weight", scalar: bool = False, derivable: bool = False
+    ) -> Part:
+        """A part without content, of the chunk's shape unless it is a scalar."""
+
+        def forecast() -> float:
+            known = self.forecasts.get(kind)
+            return 0 if known is None else known()
+
+        return self.home.part(folder, () if scalar else self.shape, dtype, forecast, derivable=derivable)
 
     def num_bytes(self, dtype: torch.dtype | None = None) -> int:
         """Bytes of the chunk in `dtype`; as stored if None."""
@@ -50,65 +76,111 @@ class Chunk:
         return torch.float64 if self.dtype == torch.float64 else torch.float32
 
     @property
+    def has_weight(self) -> bool:
+        return self.weight.filled
+
+    def state_part(self, name: str, dtype: torch.dtype, *, scalar: bool) -> Part:
+        """The part of one kind of state, made if there is none."""
+        if name not in self.state:
+            self.state[name] = self.new_part(name, dtype, kind="state", scalar=scalar)
+        return self.state[name]
+
+    @property
+    def has_state(self) -> bool:
+        """Whether it has been stepped."""
+        return any(part.filled for part in self.state.values())
+
+    @property
+    def parts(self) -> list[Part]:
+        return [self.weight, *self.state.values(), *self.copies.values()]
+
+    @property
     def resident_bytes(self) -> int:
-        tensors = [*self.state.values(), *self._copies.values()]
-        if self.weight is not None:
-            tensors.append(self.weight)
-        return sum(t.nbytes for t in tensors)
+        return sum(part.resident_bytes for part in self.parts)
 
-    def read(self, version: int, dtype: torch.dtype, start: int, stop: int) -> bytes:
+    def pulled(self, dtype: torch.dtype | None) -> Part | None:
+        """What a pull in `dtype` is answered from, if it has been made for this version."""
+        part = self.weight if dtype in (None, self.dtype) else self.copies.get(dtype)
+        return part if part is not None and part.filled else None
+
+    def read(self, version: int, dtype: torch.dtype, start: int, stop: int, patience: Patience | None = None) -> bytes:
         """Bytes `start` to `stop` of the chunk in `dtype`. Raises VersionGone and Conflict."""
-        with self.lock:
-            if self.version > version:
-                raise VersionGone(f"version {version} of {self.label} is gone: it is at version {self.version}")
-            if self.version < version or self.weight is None:
-                raise Conflict(f"version {version} of {self.label} does not exist yet")
-            view = self._views.get(dtype)
-            if view is None:
-                view = self._views[dtype] = byte_view(self._converted(self.weight, dtype))
-            return bytes(view[start:stop])
+        while True:
+            with self.lock:
+                self._check_version(version)
+                source = self.pulled(dtype)
+            if source is None:
+                self._convert(version, dtype, patience)
+                continue
+            with self.tier.lease([source], what=source.label, patience=patience), self.lock:
+                self._check_version(version)
+                if self.pulled(dtype) is source:
+                    return bytes(byte_view(source.tensor)[start:stop])
 
-    def write(self, values: torch.Tensor, *, adopt: bool = False) -> None:
-        """Replaces the weight; expects the lock to be held.
+    def write(self, values: torch.Tensor) -> None:
+        """Replaces the weight by `elements` values of any dtype; expects a lease of it, and the lock to be held."""
+        self.weight.tensor.copy_(values.view(self.shape))
+        self.weight.changed()
+        self.stored = None
+        self._empty_copies()
 
-        values: `elements` values of any dtype. With `adopt`, a tensor of the right dtype may become the
-        weight itself if there is none yet.
-        """
-        if self.weight is not None:
-            self.weight.copy_(values.view(self.shape))
-        elif adopt and values.dtype == self.dtype:
-            self.weight = values.view(self.shape)
-        else:
-            self.weight = torch.empty(self.shape, dtype=self.dtype)
-            self.weight.copy_(values.view(self.shape))
-        self._changed()
+    def take_over(self, incoming: Incoming) -> None:
+        """Replaces the weight by what came in, in its dtype; expects the lock to be held."""
+        self.tier.adopt(self.weight, incoming)
+        self.stored = None
+        self._empty_copies()
 
     def holds(self, values: torch.Tensor) -> bool:
-        """Whether the weight has these very bits already."""
-        if self.weight is None:
+        """Whether the weight has these very bits already; expects a lease of it."""
+        if not self.weight.filled:
             return False
         stored = values.to(self.dtype).view(self.shape)
-        return byte_view(stored) == byte_view(self.weight)
+        return byte_view(stored) == byte_view(self.weight.tensor)
 
-    def advance(self, *, changed: bool) -> None:
-        """On to the next version; expects the lock to be held."""
+    def advance(self, *, changed: bool, leased: Collection[Part] = ()) -> None:
+        """On to the next version; expects the lock to be held.
+
+        leased: parts in memory. Copies among them are made anew while the weight is here: made on demand,
+        they would have it read again.
+        """
         self.version += 1
-        if changed:
-            self._changed()
-
-    def _changed(self) -> None:
-        """Forgets what was derived from the former weight and state."""
-        self._views.clear()
+        if not changed:
+            return
+        self.weight.changed()
         self.stored = None
+        for copy in self.copies.values():
+            if copy in leased:
+                copy.tensor.copy_(self.weight.tensor)
+                copy.changed()
+            else:
+                self.tier.empty(copy)
 
-    def _converted(self, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        if dtype == self.dtype:
-            return weight
-        copy = self._copies.get(dtype)
-        if copy is None:
-            copy = self._copies[dtype] = torch.empty(self.shape, dtype=dtype)
-        copy.copy_(weight)
-        return copy
+    def discard(self) -> None:
+        """The chunk is of no more use."""
+        self.tier.discard(self.parts, files=False)
+
+    def _check_version(self, version: int) -> None:
+        if self.version > version:
+            raise VersionGone(f"version {version} of {self.label} is gone: it is at version {self.version}")
+        if self.version < version or not self.weight.filled:
+            raise Conflict(f"version {version} of {self.label} does not exist yet")
+
+    def _convert(self, version: int, dtype: torch.dtype, patience: Patience | None) -> None:
+        with self.lock:
+            copy = self.copies.get(dtype)
+            if copy is None:
+                name = str(dtype).removeprefix("torch.")
+                copy = self.new_part(f"weight-{name}", dtype, kind="copy", derivable=True)
+                self.copies[dtype] = copy
+        with self.tier.lease([self.weight], [copy], what=copy.label, patience=patience), self.lock:
+            self._check_version(version)
+            if not copy.filled:
+                copy.tensor.copy_(self.weight.tensor)
+                copy.changed()
+
+    def _empty_copies(self) -> None:
+        for copy in self.copies.values():
+            self.tier.empty(copy)
 
 
 def byte_view(tensor: torch.Tensor) -> memoryview:

@@ -70,8 +70,8 @@ def _parser() -> argparse.ArgumentParser:
         "--memory",
         type=size,
         metavar="SIZE",
-        help="refuse jobs that need more memory than this, such as 8GiB (default: no limit). Keeping what does "
-        "not fit on disk comes in a later version",
+        help="keep at most this much of chunks in memory, such as 8GiB, and the rest in --data-dir (default: no "
+        "limit). The process takes some 0.5 GiB besides; see docs/storage.md",
     )
     serve.add_argument(
         "--threads",
@@ -93,6 +93,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SECONDS",
         help="how long a trainer may be silent before it counts as lost (default: %(default)s)",
     )
+    serve.add_argument("--eviction", choices=("plan", "lru"), default="plan", help=argparse.SUPPRESS)
     serve.add_argument("--stop-on-stdin-eof", action="store_true", help=argparse.SUPPRESS)
 
     status = commands.add_parser(
@@ -117,7 +118,7 @@ def _serve(options: argparse.Namespace) -> int:
 
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     index, num_shards = options.shard
-    server = ServerOptions(index, num_shards, keep=options.keep, lease_seconds=options.lease)
+    server = ServerOptions(index, num_shards, keep=options.keep, lease_seconds=options.lease, eviction=options.eviction)
     try:
         serve(
             ServeOptions(

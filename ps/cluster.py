@@ -24,8 +24,10 @@ class LocalCluster:
 
     servers: how many; server i holds shard i.
     data_dir: folder for their data, one subfolder each; None for a temporary one, removed at the end.
-    memory: each server's limit in bytes, or as in '8GiB'. threads: of each server's updates.
+    memory: each server's limit in bytes, or as in '8GiB'; what does not fit goes to data_dir. threads: of each
+        server's updates.
     lease: seconds after which a silent trainer counts as lost. keep: committed generations to keep.
+    eviction: what leaves memory first where it is limited, "plan" (the default) or, to compare, "lru".
 
     Raises RuntimeError, with what the server said, if one does not start.
     """
@@ -39,6 +41,7 @@ class LocalCluster:
         threads: int | None = None,
         lease: float | None = None,
         keep: int | None = None,
+        eviction: str | None = None,
     ) -> None:
         if servers < 1:
             raise ValueError(f"a cluster has at least one server, not {servers}")
@@ -52,6 +55,7 @@ class LocalCluster:
             *_option("--threads", threads),
             *_option("--lease", lease),
             *_option("--keep", keep),
+            *_option("--eviction", eviction),
         ]
         self._logs = tempfile.TemporaryDirectory(prefix="zero-ps-logs-")
         self.data_dirs = [root / f"shard-{i}" for i in range(servers)]

@@ -2,14 +2,14 @@
 
 import logging
 
-from ps.errors import Conflict, InvalidRequest, VersionGone
+from ps.errors import Conflict, InvalidRequest, SessionEnded, VersionGone
 from ps.generations import check_metadata
 from ps.job import Job
 from ps.monitor import Patience
-from ps.opening import reserve
 from ps.sessions import Session
 from ps.shard import Shard
 from ps.store import CommitKey, Written
+from ps.working_set import check_budget
 
 _log = logging.getLogger(__name__)
 
@@ -38,7 +38,12 @@ def restore(job: Job, session: Session, key: CommitKey, restore_id: str, patienc
             shard = _load(job, session, key)
         with job.monitor:
             # A newer trainer may have found the job without state meanwhile; then that is how it stays.
-            session.check()
+            try:
+                session.check()
+            except SessionEnded:
+                if shard is not job.shard:
+                    shard.close()
+                raise
             job.shard = shard
             shard.restore_id = restore_id
             job.steps.reset()
@@ -61,14 +66,18 @@ def _check_unused(job: Job, step: int) -> None:
 
 
 def _load(job: Job, session: Session, key: CommitKey) -> Shard:
-    loaded = job.generations.empty_shard(key)
-    reserve(job, loaded, 0 if session.read_only else session.world_size, 0.0)
+    loaded = job.generations.empty_shard(key, job.tier, job.new_area("shard"))
     # The old state leaves first: memory need not hold both.
     with job.monitor:
         session.check()
-        job.shard = None
+        job.drop_shard()
         job.monitor.changed()
-    job.generations.read_into(loaded, key)
+    try:
+        check_budget(loaded, 0 if session.read_only else session.world_size, {})
+        job.generations.read_into(loaded, key)
+    except BaseException:
+        loaded.close()
+        raise
     return loaded
 
 

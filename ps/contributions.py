@@ -12,32 +12,30 @@ import torch
 
 from ps.chunk import Chunk
 from ps.errors import Conflict
+from ps.monitor import Patience
+from ps.tier import Incoming, Part
 
 
 @dataclass(eq=False)
 class _Accumulator:
     """The sum and its count are guarded by the chunk's lock, which an update of the chunk holds, too.
 
-    tensor: the sum, of the chunk's shape; its memory outlives `filled` to be used again.
+    part: the sum, of the chunk's shape. In a limited tier a single contribution stays in the dtype in which
+        it came: converting it later is exact, and it takes half the room on disk.
     count: contributions counted in `step`.
     zero_after_update: `zero_grad` came while the update that reads this was still to run.
     """
 
-    tensor: torch.Tensor | None = None
-    filled: bool = False
+    part: Part | None = None
     step: int = -1
     count: int = 0
     zero_after_update: bool = False
-
-    def zero(self) -> None:
-        self.filled = False
-        self.zero_after_update = False
-        self.count = 0
 
 
 class Contributions:
     """What one session has contributed.
 
+    name: tells its accumulators from those of other sessions.
     lock: held while a push is applied and while the session says that its contributions are final, so
         that a push is in a step whole or not at all.
     final_step: the step for which the contributions are final, or -1.
@@ -46,7 +44,8 @@ class Contributions:
     stepped: the last step that this session asked for, or -1.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, name: str = "gradient") -> None:
+        self.name = name
         self.lock = threading.RLock()
         self.final_step = -1
         self.epoch = 0
@@ -54,11 +53,27 @@ class Contributions:
         self._accumulators: dict[Chunk, _Accumulator] = {}
         # Between `zero` and the updater, so that `zero` need not wait for the updates that are running.
         self._zero_lock = threading.Lock()
+        self._holders = 1
 
     @property
     def resident_bytes(self) -> int:
         accumulators = list(self._accumulators.values())
-        return sum(a.tensor.nbytes for a in accumulators if a.tensor is not None)
+        return sum(a.part.resident_bytes for a in accumulators if a.part is not None)
+
+    def hold(self) -> None:
+        """A step that was agreed on will use this even if the session ends."""
+        with self._zero_lock:
+            self._holders += 1
+
+    def drop(self) -> None:
+        """The session, or a step that held this, needs it no more. The last one discards it."""
+        with self._zero_lock:
+            self._holders -= 1
+            if self._holders:
+                return
+        for chunk, accumulator in list(self._accumulators.items()):
+            if accumulator.part is not None:
+                chunk.tier.discard([accumulator.part])
 
     def check_sequence(self, chunk: Chunk, step: int, sequence: int) -> bool:
         """Whether this contribution is still to be counted. Raises Conflict if one before it is missing."""
@@ -68,29 +83,56 @@ class Contributions:
             raise Conflict(f"gradient {sequence} of {chunk.label} in step {step} came before gradient {counted} did")
         return sequence == counted
 
-    def add(self, chunk: Chunk, gradient: torch.Tensor, step: int) -> torch.Tensor | None:
-        """Adds a contribution (flat, any floating dtype). Returns memory that the caller may use again.
+    def add(self, chunk: Chunk, gradient: Incoming, step: int, patience: Patience | None = None) -> torch.Tensor | None:
+        """Adds a contribution (any floating dtype). Returns memory that the caller may use again.
 
-        The first contribution in the accumulation dtype is taken over without a copy.
+        Where it can, it takes over the memory of the first one. Expects `lock` to be held.
         """
-        spare: torch.Tensor | None = gradient
-        with chunk.lock:
-            accumulator = self._accumulators.setdefault(chunk, _Accumulator())
-            if accumulator.step != step:
-                accumulator.step, accumulator.count = step, 0
-            gradient = gradient.view(chunk.shape)
-            if accumulator.filled:
-                assert accumulator.tensor is not None
-                accumulator.tensor.add_(gradient)
-            elif gradient.dtype == chunk.accumulation_dtype:
-                spare, accumulator.tensor = accumulator.tensor, gradient
-            else:
-                if accumulator.tensor is None:
-                    accumulator.tensor = torch.empty(chunk.shape, dtype=chunk.accumulation_dtype)
-                accumulator.tensor.copy_(gradient)
-            accumulator.filled = True
-            accumulator.count += 1
-        return spare
+        accumulator = self._accumulators.setdefault(chunk, _Accumulator())
+        while True:
+            with chunk.lock:
+                part = accumulator.part
+                if part is None or not part.filled:
+                    spare = self._begin(chunk, accumulator, gradient)
+                    self._count(accumulator, step)
+                    return spare
+            wide = self.new_wide(chunk) or part
+            fresh = [wide] if wide is not part else []
+            with chunk.tier.lease([part], fresh, what=part.label, patience=patience), chunk.lock:
+                # An update that is just done may have emptied it.
+                if accumulator.part is not part or not part.filled:
+                    continue
+                if wide is not part:
+                    self.widen(chunk, wide)
+                wide.tensor.add_(gradient.tensor.view(chunk.shape))
+                wide.changed()
+                self._count(accumulator, step)
+            chunk.tier.give_back(gradient)
+            return gradient.tensor
+
+    def _begin(self, chunk: Chunk, accumulator: _Accumulator, gradient: Incoming) -> torch.Tensor | None:
+        """Makes a contribution the first one."""
+        tier = chunk.tier
+        dtype = gradient.tensor.dtype if tier.limited else chunk.accumulation_dtype
+        part = accumulator.part
+        if part is None or part.dtype != dtype:
+            if part is not None:
+                tier.discard([part])
+            part = accumulator.part = self._new_part(chunk, dtype)
+        if gradient.tensor.dtype == dtype:
+            return tier.adopt(part, gradient)
+        part.tensor.copy_(gradient.tensor.view(chunk.shape))
+        part.changed()
+        return gradient.tensor
+
+    def _new_part(self, chunk: Chunk, dtype: torch.dtype) -> Part:
+        return chunk.new_part(f"{self.name}-{str(dtype).removeprefix('torch.')}", dtype, kind="gradient")
+
+    @staticmethod
+    def _count(accumulator: _Accumulator, step: int) -> None:
+        if accumulator.step != step:
+            accumulator.step, accumulator.count = step, 0
+        accumulator.count += 1
 
     def zero(self, chunks: Iterable[Chunk], next_step: int) -> None:
         """Discards what was contributed to these chunks.
@@ -106,12 +148,29 @@ class Contributions:
                 if chunk.version < next_step:
                     accumulator.zero_after_update = True
                 else:
-                    accumulator.zero()
+                    self._zero(chunk, accumulator)
 
-    def gradient(self, chunk: Chunk) -> torch.Tensor | None:
-        """The sum so far, or None; expects the chunk's lock to be held."""
+    def part(self, chunk: Chunk) -> Part | None:
+        """The sum so far, or None. It may be narrower than what sums are kept in."""
         accumulator = self._accumulators.get(chunk)
-        return accumulator.tensor if accumulator is not None and accumulator.filled else None
+        part = None if accumulator is None else accumulator.part
+        return part if part is not None and part.filled else None
+
+    def new_wide(self, chunk: Chunk) -> Part | None:
+        """A part to pass to `widen`, if the sum is narrower than what sums are kept in."""
+        part = self.part(chunk)
+        if part is None or part.dtype == chunk.accumulation_dtype:
+            return None
+        return self._new_part(chunk, chunk.accumulation_dtype)
+
+    def widen(self, chunk: Chunk, wide: Part) -> None:
+        """Has the sum in another part from now on; expects a lease of both, and the chunk's lock."""
+        accumulator = self._accumulators[chunk]
+        assert accumulator.part is not None
+        wide.tensor.copy_(accumulator.part.tensor)
+        wide.changed()
+        chunk.tier.discard([accumulator.part])
+        accumulator.part = wide
 
     def updated(self, chunk: Chunk) -> None:
         """The chunk is at its next version and its gradient was used; expects its lock to be held."""
@@ -119,23 +178,44 @@ class Contributions:
         if accumulator is not None:
             with self._zero_lock:
                 if accumulator.zero_after_update:
-                    accumulator.zero()
+                    self._zero(chunk, accumulator)
+
+    @staticmethod
+    def _zero(chunk: Chunk, accumulator: _Accumulator) -> None:
+        if accumulator.part is not None:
+            chunk.tier.empty(accumulator.part)
+        accumulator.zero_after_update = False
+        accumulator.count = 0
 
 
 def average(chunk: Chunk, by_rank: Sequence[Contributions]) -> torch.Tensor | None:
     """The mean of the trainers' gradients, in the weight's dtype; None if nobody contributed.
 
     A trainer that contributed nothing counts as zero. With one trainer the result is its accumulator
-    itself. Expects the chunk's lock to be held.
+    itself if that has the weight's dtype. Expects a lease of the parts, of `average_bytes` besides, and the
+    chunk's lock.
     """
-    gradients = [g for c in by_rank if (g := c.gradient(chunk)) is not None]
+    gradients = [part.tensor for part in gradient_parts(chunk, by_rank)]
     if not gradients:
         return None
     if len(by_rank) == 1:
         total = gradients[0]
     else:
-        total = gradients[0].clone() if len(gradients) == 1 else gradients[0] + gradients[1]
-        for gradient in gradients[2:]:
+        total = gradients[0].to(chunk.accumulation_dtype, copy=True)
+        for gradient in gradients[1:]:
             total += gradient
         total /= len(by_rank)
     return total if total.dtype == chunk.dtype else total.to(chunk.dtype)
+
+
+def gradient_parts(chunk: Chunk, by_rank: Sequence[Contributions]) -> list[Part]:
+    """The trainers' accumulators that have something in them, in rank order."""
+    return [part for c in by_rank if (part := c.part(chunk)) is not None]
+
+
+def average_bytes(chunk: Chunk, by_rank: Sequence[Contributions]) -> int:
+    """What `average` allocates."""
+    parts = gradient_parts(chunk, by_rank)
+    if not parts or (len(by_rank) == 1 and parts[0].dtype == chunk.dtype):
+        return 0
+    return chunk.num_bytes(chunk.accumulation_dtype)

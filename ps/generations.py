@@ -4,11 +4,10 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-import torch
-
 from protos import MAX_METADATA_BYTES
 from ps.chunk import Chunk
 from ps.errors import Conflict, InvalidRequest, NotFound, StorageFailed
+from ps.home import IN_MEMORY
 from ps.optimizer import ChunkOptimizer
 from ps.shard import Shard
 from ps.store import (
@@ -19,10 +18,13 @@ from ps.store import (
     GenerationHeader,
     GenerationMissingError,
     JobStore,
+    OptimizerSpec,
     StateArray,
     StoreError,
     Written,
+    read_tensor,
 )
+from ps.tier import Area, Part, Tier
 
 
 class Generations:
@@ -45,11 +47,11 @@ class Generations:
         with _storage_errors():
             return self._store.committed()
 
-    def empty_shard(self, key: CommitKey) -> Shard:
+    def empty_shard(self, key: CommitKey, tier: Tier = IN_MEMORY, area: Area | None = None) -> Shard:
         """The shard of a generation before its chunks are read. Raises NotFound and StorageFailed."""
         with _storage_errors():
             header = self._store.read_header(key.step, key.commit_id)
-        shard = Shard(self._index, self._num_shards, header.manifest, key.step)
+        shard = Shard(self._index, self._num_shards, header.manifest, key.step, tier, area)
         shard.spec = header.optimizer
         shard.metadata = header.metadata
         shard.generation = key
@@ -58,12 +60,33 @@ class Generations:
     def read_into(self, shard: Shard, key: CommitKey) -> None:
         """Fills the chunks of a shard that `empty_shard` made. Raises StorageFailed."""
         with _storage_errors():
-            for state in self._store.read_chunks(key.step, key.commit_id):
-                chunk = shard.find(state.parameter, state.chunk)
-                chunk.write(state.weight, adopt=True)
-                chunk.state = dict(state.state)
+            if shard.tier.limited:
+                arrays = self._arrays(shard, shard.spec)
+                for files in self._store.chunk_files(key.step, key.commit_id):
+                    self._find(shard, files, arrays)
+            else:
+                for state in self._store.read_chunks(key.step, key.commit_id):
+                    chunk = shard.find(state.parameter, state.chunk)
+                    chunk.weight.hold(state.weight)
+                    for name, value in state.state.items():
+                        chunk.state_part(name, value.dtype, scalar=value.shape != chunk.shape).hold(value)
             self._note_files(shard, key)
         shard.check_weights()
+
+    @staticmethod
+    def _find(shard: Shard, files: ChunkState[ChunkFile], arrays: Mapping[str, StateArray]) -> None:
+        """Has a chunk read from a generation's files what it needs, when it does."""
+        chunk = shard.find(files.parameter, files.chunk)
+        parts = [(chunk.weight, files.weight)]
+        for name, file in files.state.items():
+            array = arrays[name]
+            dtype = chunk.dtype if array.dtype is None else array.dtype
+            parts.append((chunk.state_part(name, dtype, scalar=not array.per_element), file))
+        for part, file in parts:
+            if part.spillable:
+                shard.tier.found(part, file.path)
+            else:
+                part.hold(read_tensor(file, part.shape, part.dtype))
 
     def write(self, shard: Shard, key: CommitKey, metadata: str, complete: CommitKey | None, renew: bool) -> Written:
         """Writes a shard that is at rest at the key's step, and deletes what is superseded.
@@ -96,16 +119,21 @@ class Generations:
 
     def _write(self, shard: Shard, key: CommitKey, metadata: str) -> Written:
         spec = shard.stated_optimizer()
-        arrays: Mapping[str, StateArray] = {}
-        if shard.optimizer is not None:
-            arrays = shard.optimizer.arrays
-        elif spec is not None:
-            arrays = ChunkOptimizer(spec, len(shard.manifest)).arrays
+        arrays = self._arrays(shard, spec)
         header = GenerationHeader(self._job, key, self._index, self._num_shards, shard.manifest, spec, metadata)
-
+        # Where memory is limited everything goes to its spill file, and the generation links to that: what
+        # is there already is not even read.
+        changed = [chunk for chunk in shard if chunk.stored is None]
+        shard.tier.save(part for chunk in changed for part in (chunk.weight, *chunk.state.values()))
         written = self._store.write(header, (_values(chunk, arrays) for chunk in shard), arrays)
         self._note_files(shard, key)
         return written
+
+    @staticmethod
+    def _arrays(shard: Shard, spec: OptimizerSpec | None) -> Mapping[str, StateArray]:
+        if shard.optimizer is not None:
+            return shard.optimizer.arrays
+        return {} if spec is None else ChunkOptimizer(spec, len(shard.manifest)).arrays
 
     def _note_files(self, shard: Shard, key: CommitKey) -> None:
         """Has the next generation link to this one's files, for chunks that do not change until then."""
@@ -114,19 +142,20 @@ class Generations:
 
 
 def _values(chunk: Chunk, arrays: Mapping[str, StateArray]) -> ChunkState[ChunkValue]:
-    """What a chunk is written from: files of an earlier generation where they are still right, else memory."""
+    """What a chunk is written from: files that are right, of an earlier generation or spilled, else memory."""
     stored = chunk.stored
 
-    def value(tensor: torch.Tensor, file: ChunkFile | None) -> ChunkValue:
-        return file if file is not None and file.path.exists() else tensor
+    def value(part: Part, file: ChunkFile | None) -> ChunkValue:
+        if file is not None and file.path.exists():
+            return file
+        return part.tensor if part.file is None else ChunkFile(part.file)
 
-    assert chunk.weight is not None
     weight = value(chunk.weight, stored.weight if stored else None)
     # What options of long ago left behind (momentum that was switched off) is not described.
     state = {
-        name: value(tensor, stored.state.get(name) if stored else None)
-        for name, tensor in chunk.state.items()
-        if name in arrays
+        name: value(part, stored.state.get(name) if stored else None)
+        for name, part in chunk.state.items()
+        if name in arrays and part.filled
     }
     return ChunkState(chunk.parameter, chunk.index, weight, state)
 

@@ -2,23 +2,25 @@
 
 import logging
 import threading
+import uuid
 from collections.abc import Sequence
 
 import torch
 
 from ps.barrier import Barriers
-from ps.budget import Budget
 from ps.chunk import Chunk
 from ps.errors import Conflict, JobFailed, SessionEnded
 from ps.generations import Generations
 from ps.monitor import Monitor, Patience
 from ps.options import ServerOptions
 from ps.plan import Plan
+from ps.schedule import Kind
 from ps.sessions import Session, Sessions
 from ps.shard import Shard
 from ps.staging import Staging
 from ps.steps import Steps, StepWish
 from ps.store import JobStore
+from ps.tier import Area, Incoming, Part, Tier
 from ps.updater import Updater
 
 _log = logging.getLogger(__name__)
@@ -27,14 +29,16 @@ _log = logging.getLogger(__name__)
 class Job:
     """One job. Its methods block; `Patience` says for how long."""
 
-    def __init__(self, name: str, options: ServerOptions, store: JobStore, budget: Budget) -> None:
+    def __init__(self, name: str, options: ServerOptions, store: JobStore, tier: Tier) -> None:
         self.name = name
         self.options = options
         self.generations = Generations(name, options.index, options.num_shards, store, options.keep)
-        self.budget = budget
+        self.working = store.working
+        self.tier = tier
         self.monitor = Monitor()
         # Held by whoever reads or changes weights and optimizer state as a whole: updates, commits,
         # restores and writes of weights. Pulls do without; they lock one chunk.
+        # Nobody waits for memory while holding the monitor; see `ps.tier.tier`.
         self.shard_lock = threading.RLock()
         self.shard: Shard | None = None
         self.sessions = Sessions(name, options.lease_seconds, self.monitor, self._leave)
@@ -54,7 +58,7 @@ class Job:
         with self.monitor:
             session = self.sessions.open(rank, world_size, incarnation, read_only, patience)
             self.steps.join(session)
-            self._staging[session.id] = Staging()
+            self._staging[session.id] = Staging(self.tier, self.new_area("staging"))
             if len(self.sessions.living()) == 1:
                 self._drop_useless_state()
         _log.info("job %r: session of %s opened", self.name, session.who)
@@ -74,14 +78,24 @@ class Job:
     def _leave(self, session: Session) -> None:
         _log.info("job %r: session of %s ended: %s", self.name, session.who, session.ended)
         self.steps.leave(session)
-        self._staging.pop(session.id, None)
+        if (staging := self._staging.pop(session.id, None)) is not None:
+            staging.close()
+        for give_back in list(session.on_end):
+            give_back()
         self.plans.pop(session.id, None)
+        if self.shard is not None and self.shard.schedule is not None:
+            self.shard.schedule.forget(session.id)
 
     def _drop_useless_state(self) -> None:
         """A shard that failed, or that never got all its weights, is of use only to those who know of it."""
         if self.shard is not None and (self.shard.failure is not None or self.shard.missing_weights()):
-            self.shard = None
-            self.budget.release(self.name)
+            self.drop_shard()
+
+    def drop_shard(self) -> None:
+        """Takes the state out of memory; expects the monitor to be held."""
+        shard, self.shard = self.shard, None
+        if shard is not None:
+            shard.close()
 
     def expire(self, deaf_seconds: float) -> None:
         """Ends sessions whose lease ran out; see `Sessions.expire`."""
@@ -100,8 +114,7 @@ class Job:
             with self.monitor:
                 if self.sessions.living() or self.usable_step >= 0:
                     return False
-                self.shard = None
-                self.budget.release(self.name)
+                self.drop_shard()
                 return True
         finally:
             self.shard_lock.release()
@@ -120,6 +133,12 @@ class Job:
         shard = self.shard
         staged = sum(staging.resident_bytes for staging in list(self._staging.values()))
         return (shard.resident_bytes if shard else 0) + self.steps.resident_bytes + staged
+
+    def new_area(self, what: str) -> Area | None:
+        """Where something of this job is spilled to; None where memory is not limited."""
+        if not self.tier.limited:
+            return None
+        return Area(self.working / f"{what}-{uuid.uuid4().hex[:8]}")
 
     def staging(self, session: Session) -> Staging:
         session.check()
@@ -140,24 +159,36 @@ class Job:
     # ------------------------------------------------------------ weights and steps
 
     def write_weights(
-        self, session: Session, shard: Shard, step: int, values: Sequence[tuple[Chunk, torch.Tensor]]
+        self, session: Session, shard: Shard, step: int, values: Sequence[tuple[Chunk, Incoming]]
     ) -> None:
-        """Replaces weights (flat tensors) of chunks that are at `step`. Raises Conflict if one is not."""
-        with self.shard_lock, self.monitor:
-            session.check()
-            if self.shard is not shard:
-                raise Conflict(f"job {self.name!r} was restored meanwhile")
-            for chunk, _ in values:
-                if chunk.version != step:
-                    raise Conflict(f"a weight for version {step} of {chunk.label} came at version {chunk.version}")
+        """Replaces weights of chunks that are at `step`. Raises Conflict if one is not."""
+        with self.shard_lock:
+            with self.monitor:
+                session.check()
+                if self.shard is not shard:
+                    raise Conflict(f"job {self.name!r} was restored meanwhile")
+                for chunk, _ in values:
+                    if chunk.version != step:
+                        raise Conflict(f"a weight for version {step} of {chunk.label} came at version {chunk.version}")
             for chunk, weight in values:
-                # Buffers are written before every commit, mostly as they were. That is no change, and
-                # a generation of this step stays good.
-                if not chunk.holds(weight):
-                    shard.generation = None
-                    with chunk.lock:
-                        chunk.write(weight, adopt=True)
+                self._write_weight(session, shard, chunk, weight)
             self.monitor.changed()
+
+    def _write_weight(self, session: Session, shard: Shard, chunk: Chunk, weight: Incoming) -> None:
+        if not chunk.has_weight and weight.tensor.dtype == chunk.dtype:
+            with self.monitor, chunk.lock:
+                session.check()
+                shard.generation = None
+                chunk.take_over(weight)
+            return
+        with self.tier.lease([chunk.weight]), self.monitor, chunk.lock:
+            session.check()
+            # Buffers are written before every commit, mostly as they were. That is no change, and a
+            # generation of this step stays good.
+            if not chunk.holds(weight.tensor):
+                shard.generation = None
+                chunk.write(weight.tensor)
+        self.tier.give_back(weight)
 
     def step_from(self, session: Session, step: int, wish: StepWish, patience: Patience) -> None:
         """The session's word for a step; see `Steps.step`."""
@@ -169,10 +200,36 @@ class Job:
 
     def set_plan(self, session: Session, shard: Shard, plan: Plan) -> None:
         """Replaces what the session said before of the order in which it uses parameters."""
-        plan.check(shard)
+        plan.check(len(shard.manifest))
         with self.monitor:
             session.check()
             self.plans[session.id] = plan
+        if shard.schedule is not None and session.rank == 0 and not session.read_only:
+            shard.schedule.follow(plan, shard.chunks_of())
+            self.tier.rank_again()
+
+    def used(
+        self, session: Session, shard: Shard, kind: Kind, chunk: Chunk, step: int, dtype: torch.dtype | None = None
+    ) -> None:
+        """A session pulls a chunk (in `dtype`) or sends its gradient. Where memory is limited, what it needs next
+        is read ahead."""
+        schedule = shard.schedule
+        if schedule is None or session.read_only:
+            return
+        if schedule.used(session.id, kind, chunk, step):
+            self.tier.rank_again()
+        self.tier.ahead(
+            part
+            for use, later in schedule.upcoming(session.id, self.tier.ahead_limit_bytes)
+            if (part := self._needed(session, use, later, step, dtype)) is not None
+        )
+
+    def _needed(self, session: Session, kind: Kind, chunk: Chunk, step: int, dtype: torch.dtype | None) -> Part | None:
+        """What of a chunk a use in the near future needs, if that is there already."""
+        if kind == "gradient":
+            return self.steps.part(session, chunk)
+        # What has still to be updated will be in memory then.
+        return chunk.pulled(dtype) or chunk.weight if chunk.version >= step else None
 
     # ------------------------------------------------------------ waiting
 
@@ -188,7 +245,7 @@ class Job:
     def wait_for_weight(self, session: Session, shard: Shard, chunk: Chunk, patience: Patience) -> None:
         """Waits until rank 0 has written a chunk's first weight."""
         self.monitor.wait_until(
-            lambda: chunk.weight is not None and self.shard is shard,
+            lambda: chunk.has_weight and self.shard is shard,
             patience,
             lambda: f"rank 0 to write {chunk.label} of job {self.name!r}, which has no weight yet",
             # As for a step that is still to come, it takes the other trainers to get there.

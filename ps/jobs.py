@@ -6,13 +6,13 @@ import time
 from collections import Counter, OrderedDict
 
 from protos.names import check_job_name
-from ps.budget import Budget
 from ps.errors import InvalidRequest, NotFound, ServerFull, StorageFailed
 from ps.job import Job
 from ps.monitor import Patience
 from ps.options import ServerOptions
 from ps.sessions import Session
 from ps.store import DataDir, StoreError
+from ps.tier import Tier
 
 MAX_JOBS = 256
 """Jobs that a server keeps in memory, so that a client that makes up names cannot fill it."""
@@ -30,10 +30,10 @@ class Jobs:
     if anything of them was committed.
     """
 
-    def __init__(self, options: ServerOptions, data_dir: DataDir, budget: Budget) -> None:
+    def __init__(self, options: ServerOptions, data_dir: DataDir, tier: Tier) -> None:
         self.options = options
         self.data_dir = data_dir
-        self._budget = budget
+        self.tier = tier
         self._lock = threading.RLock()
         self._jobs: dict[str, Job] = {}
         # Names of jobs for which a session is just being opened, as often as there are such.
@@ -41,6 +41,10 @@ class Jobs:
         # Ended sessions stay for a while: their trainers are told why they ended.
         self._sessions: OrderedDict[str, tuple[Job, Session]] = OrderedDict()
         self._closing = threading.Event()
+        try:
+            data_dir.empty_working()
+        except OSError as error:
+            _log.warning("cannot remove what a former process left in %s: %s", data_dir.path, error)
         for name in data_dir.jobs():
             try:
                 data_dir.job_store(name).clean()
@@ -125,7 +129,7 @@ class Jobs:
                 f"this server has {MAX_JOBS} jobs in memory, the most it may have; use one of them ('zero-ps status' "
                 "lists them), start another server, or start this one again: what was committed is still there then"
             )
-        job = self._jobs[name] = Job(name, self.options, store, self._budget)
+        job = self._jobs[name] = Job(name, self.options, store, self.tier)
         return job
 
     def _drop_idle(self) -> None:

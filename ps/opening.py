@@ -1,18 +1,20 @@
 """Opening a job: the manifest is created or compared, staged weights find their place, an optimizer is set."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ps.chunk import Chunk
-from ps.errors import Conflict, InvalidRequest
+from ps.errors import Conflict, InvalidRequest, SessionEnded
 from ps.job import Job
 from ps.monitor import Patience
 from ps.optimizer import ChunkOptimizer
 from ps.sessions import Session
 from ps.shard import Shard, check_same_model
 from ps.staging import Staging
-from ps.store import OptimizerSpec, StateArray, StoredParameter
+from ps.store import OptimizerSpec, StoredParameter
+from ps.tier import Part
+from ps.working_set import check_budget
 
 _log = logging.getLogger(__name__)
 
@@ -36,24 +38,26 @@ def open_job(
     A read-only session only compares. staging_ids: by parameter name. Raises Conflict naming the first
     parameter that differs.
     """
-    with job.shard_lock, job.monitor:
-        session.check()
-        if session.read_only:
-            return _compare(job, manifest)
-        shard = job.shard
-        if shard is not None and shard.failure is not None and shard.failed_at < session.opened_at:
-            shard = None
-        created = shard is None
+    with job.shard_lock:
+        with job.monitor:
+            session.check()
+            if session.read_only:
+                return _compare(job, manifest)
+            shard = job.shard
+            if shard is not None and shard.failure is not None and shard.failed_at < session.opened_at:
+                job.drop_shard()
+                shard = None
+            created = shard is None
+            if shard is not None:
+                job.open_shard()
+                check_same_model(job.name, shard.manifest, manifest)
+                shard.set_trainable(manifest)
         if shard is None:
             shard = _create(job, session, manifest)
-        else:
-            job.open_shard()
-            check_same_model(job.name, shard.manifest, manifest)
-            shard.set_trainable(manifest)
         needs_weights = created or shard.missing_weights() > 0
         if not needs_weights and len(shard):
             job.staging(session).clear()
-        bound = _bind(job.staging(session), shard, staging_ids)
+        bound = [_move(job, session, part, chunk) for part, chunk in _staged(job.staging(session), shard, staging_ids)]
         job.monitor.changed()
         return OpenedJob(shard.manifest, needs_weights, tuple(bound), shard.step, shard.placement_digest)
 
@@ -76,31 +80,43 @@ def _create(job: Job, session: Session, manifest: Sequence[StoredParameter]) -> 
             f"job {job.name!r} has committed steps on shard {job.options.index} ({_list(steps)}) and none of "
             "them was restored; restore one, or move the job's folder away to begin anew"
         )
-    shard = Shard(job.options.index, job.options.num_shards, manifest)
-    reserve(job, shard, session.world_size, 0.0)
-    job.shard = shard
+    shard = Shard(job.options.index, job.options.num_shards, manifest, 0, job.tier, job.new_area("shard"))
+    check_budget(shard, session.world_size, {})
+    with job.monitor:
+        try:
+            session.check()
+        except SessionEnded:
+            shard.close()
+            raise
+        job.shard = shard
     _log.info("job %r: created, %d parameters, %d chunks here", job.name, len(manifest), len(shard))
     return shard
 
 
-def _bind(staging: Staging, shard: Shard, staging_ids: Mapping[str, int]) -> list[Chunk]:
-    bound = []
+def _staged(staging: Staging, shard: Shard, staging_ids: Mapping[str, int]) -> Iterator[tuple[Part, Chunk]]:
+    """What was staged for chunks that have no weight yet."""
     for chunk in shard:
         staging_id = staging_ids.get(shard.manifest[chunk.parameter].name)
-        if staging_id is None or chunk.weight is not None:
+        if staging_id is None or chunk.has_weight:
             continue
         values = staging.take(staging_id, chunk)
         if values is not None:
-            with chunk.lock:
-                chunk.write(values, adopt=True)
-            bound.append(chunk)
-    return bound
+            yield values, chunk
 
 
-def reserve(job: Job, shard: Shard, world_size: int, state_bytes_per_element: float) -> None:
-    needed = shard.needed_bytes(world_size, state_bytes_per_element)
-    what = "weights and gradients" + (" and optimizer state" if state_bytes_per_element else "")
-    job.budget.reserve(job.name, needed, what)
+def _move(job: Job, session: Session, staged: Part, chunk: Chunk) -> Chunk:
+    """Makes a staged part the chunk's weight."""
+    tier = job.tier
+    if staged.dtype == chunk.dtype:
+        with job.monitor, chunk.lock:
+            session.check()
+            tier.move(staged, chunk.weight)
+        return chunk
+    with tier.lease([staged], [chunk.weight]), job.monitor, chunk.lock:
+        session.check()
+        chunk.write(staged.tensor)
+    tier.discard([staged])
+    return chunk
 
 
 def set_optimizer(job: Job, session: Session, spec: OptimizerSpec, patience: Patience) -> None:
@@ -113,7 +129,14 @@ def set_optimizer(job: Job, session: Session, spec: OptimizerSpec, patience: Pat
     for parameter in optimizer.group_of:
         if shard.manifest[parameter].kind != "parameter":
             raise InvalidRequest(f"buffer {shard.manifest[parameter].name!r} cannot be optimized")
-    with job.shard_lock, job.monitor:
+    with job.shard_lock:
+        if job.shard is shard:
+            check_budget(shard, session.world_size, optimizer.arrays, optimizer.fused)
+        _set_optimizer(job, session, shard, spec, optimizer)
+
+
+def _set_optimizer(job: Job, session: Session, shard: Shard, spec: OptimizerSpec, optimizer: ChunkOptimizer) -> None:
+    with job.monitor:
         job.steps.of(session)
         if job.shard is not shard:
             raise Conflict(f"job {job.name!r} was restored meanwhile")
@@ -124,14 +147,9 @@ def set_optimizer(job: Job, session: Session, spec: OptimizerSpec, patience: Pat
             )
         if shard.optimizer is not None and shard.spec == spec:
             return
-        reserve(job, shard, session.world_size, _state_bytes_per_element(optimizer.arrays))
         if shard.optimizer is not None:
             optimizer.arrays = {**shard.optimizer.arrays, **optimizer.arrays}
         shard.spec, shard.optimizer = spec, optimizer
-
-
-def _state_bytes_per_element(arrays: Mapping[str, StateArray]) -> float:
-    return float(sum((array.dtype.itemsize if array.dtype else 4) for array in arrays.values() if array.per_element))
 
 
 def _list(steps: Sequence[int]) -> str:

@@ -12,6 +12,7 @@ from protos.values import Option
 from ps.chunk import Chunk
 from ps.errors import InvalidRequest
 from ps.store import OptimizerSpec, StateArray
+from ps.tier import Part
 
 ALLOWED = (
     "SGD",
@@ -166,28 +167,51 @@ class ChunkOptimizer:
         self.options = options
         self.arrays.update(options.arrays)
 
+    @property
+    def fused(self) -> bool:
+        """Whether updates allocate nothing but new state."""
+        return all(options.get("fused") for options in self.options.resolved)
+
+    def new_state(self, chunk: Chunk) -> list[Part]:
+        """Parts for state that the chunk has not got yet, and that an update may create."""
+        for name, array in self.arrays.items():
+            chunk.state_part(name, chunk.dtype if array.dtype is None else array.dtype, scalar=not array.per_element)
+        return [part for part in chunk.state.values() if not part.filled]
+
     def update(self, chunks: Sequence[tuple[Chunk, torch.Tensor]]) -> None:
         """Steps chunks, each with its gradient (the weight's shape and dtype), in place.
 
-        Expects the chunks' locks to be held. All of them have to be in groups, and either all have
-        optimizer state or none: torch's fused SGD takes a batch for one or the other.
+        Expects the chunks' locks to be held, and in a limited tier a lease of their weights and state and of
+        `new_state`. All of them have to be in groups, and either all have optimizer state or none: torch's
+        fused SGD takes a batch for one or the other.
         """
         optimizer = self._optimizer
         members: dict[int, list[torch.Tensor]] = {}
+        weights: list[torch.Tensor] = []
         optimizer.state.clear()
         try:
             for chunk, gradient in chunks:
-                assert chunk.weight is not None
-                chunk.weight.grad = gradient
-                optimizer.state[chunk.weight] = chunk.state
-                members.setdefault(self.group_of[chunk.parameter], []).append(chunk.weight)
+                weight = chunk.weight.tensor
+                weights.append(weight)
+                weight.grad = gradient
+                optimizer.state[weight] = {name: part.tensor for name, part in chunk.state.items() if part.filled}
+                members.setdefault(self.group_of[chunk.parameter], []).append(weight)
             optimizer.param_groups = [
                 {"params": weights, **self.options.resolved[number]} for number, weights in members.items()
             ]
             optimizer.step()
+            for (chunk, _), weight in zip(chunks, weights, strict=True):
+                _keep(chunk, optimizer.state[weight])
         finally:
-            for chunk, _ in chunks:
-                if chunk.weight is not None:
-                    chunk.weight.grad = None
+            for weight in weights:
+                weight.grad = None
             optimizer.state.clear()
             optimizer.param_groups = []
+
+
+def _keep(chunk: Chunk, state: Mapping[str, object]) -> None:
+    """Has a chunk's parts hold what an update made of its state."""
+    for name, value in state.items():
+        if not isinstance(value, torch.Tensor):
+            continue
+        chunk.state_part(name, value.dtype, scalar=value.shape != chunk.shape).hold(value)

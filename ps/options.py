@@ -8,9 +8,11 @@ class ServerOptions:
     """index: of the shard that this server holds, out of num_shards.
 
     keep: how many committed generations stay. lease_seconds: how long a silent trainer counts as alive.
+    eviction: what leaves memory first where it is limited, 'plan' or 'lru'; the latter is to compare with.
     """
 
     index: int
     num_shards: int
     keep: int = 2
     lease_seconds: float = 10.0
+    eviction: str = "plan"

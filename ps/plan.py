@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ps.errors import InvalidRequest
-from ps.shard import Shard
 
 MAX_USES = 1 << 18
 """How many uses one plan may name; a plan is for one iteration."""
@@ -24,12 +23,12 @@ class Plan:
 
     uses: tuple[PlannedUse, ...] = ()
 
-    def check(self, shard: Shard) -> None:
+    def check(self, num_parameters: int) -> None:
         """Raises InvalidRequest for a plan that is too long or names what is not in the manifest."""
         if len(self.uses) > MAX_USES:
             raise InvalidRequest(f"a plan may name {MAX_USES} uses, not {len(self.uses)}")
         for use in self.uses:
-            if use.parameter >= len(shard.manifest):
+            if use.parameter >= num_parameters:
                 raise InvalidRequest(
-                    f"a plan names parameter {use.parameter}, and the manifest has {len(shard.manifest)} parameters"
+                    f"a plan names parameter {use.parameter}, and the manifest has {num_parameters} parameters"
                 )

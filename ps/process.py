@@ -5,7 +5,7 @@ import re
 from contextlib import suppress
 from pathlib import Path
 
-_M_MMAP_THRESHOLD = -3
+_M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8
 
 
 def memory_bytes() -> tuple[int, int]:
@@ -17,14 +17,20 @@ def memory_bytes() -> tuple[int, int]:
     return _kib(status, "VmRSS"), _kib(status, "VmHWM")
 
 
-def return_freed_blocks() -> None:
-    """Has malloc give blocks of a MiB and more back when they are freed; does nothing where it cannot.
+def return_freed_blocks(least_bytes: int = 1 << 20) -> None:
+    """Has malloc give blocks of this size and more back when they are freed; does nothing where it cannot.
 
     For a process whose work is to pass such blocks on. glibc gives each a mapping of its own at first, but
     with every one that is freed it takes larger ones, up to 32 MiB, from heaps, which then keep the holes.
     """
     with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, least_bytes)
+
+
+def share_heaps(count: int) -> None:
+    """Has the threads of this process share so many of malloc's heaps, each of which keeps memory of its own."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, count)
 
 
 def _kib(status: str, field: str) -> int:

@@ -87,19 +87,19 @@ def _chunks(
     if version < 0:
         raise InvalidRequest(f"there is no version {version}")
     for chunk in chunks:
-        if chunk.version < version or chunk.weight is None:
+        if chunk.version < version or not chunk.has_weight:
             yield None
             job.wait_for_version(session, shard, chunk, version, patience)
             job.wait_for_weight(session, shard, chunk, patience)
-        yield chunk.num_bytes(dtype), _reader(chunk, version, dtype or chunk.dtype)
+        job.used(session, shard, "pull", chunk, version, dtype)
+        yield chunk.num_bytes(dtype), _reader(chunk, version, dtype or chunk.dtype, patience)
 
 
-def _reader(chunk: Chunk, version: int, dtype: torch.dtype) -> Callable[[int, int], bytes]:
-    return lambda start, stop: chunk.read(version, dtype, start, stop)
+def _reader(chunk: Chunk, version: int, dtype: torch.dtype, patience: Patience) -> Callable[[int, int], bytes]:
+    return lambda start, stop: chunk.read(version, dtype, start, stop, patience)
 
 
 def _staged(job: Job, session: Session, request: pb.PullRequest, dtype: torch.dtype | None) -> Iterator[Block]:
     staging = job.staging(session)
     for reference in request.chunks:
-        view = staging.read(reference.parameter, reference.chunk, dtype)
-        yield len(view), lambda start, stop, view=view: bytes(view[start:stop])  # type: ignore[misc]
+        yield staging.read(reference.parameter, reference.chunk, dtype)

@@ -1,25 +1,32 @@
 """The Push stream: gradients and weights come in, straight into the memory where they will stay."""
 
+import functools
+import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
 from protos import zero_ps_pb2 as pb
-from ps.chunk import byte_view
+from ps.chunk import Chunk, byte_view
 from ps.errors import Conflict, InvalidRequest
 from ps.job import Job
 from ps.jobs import Jobs
 from ps.monitor import Patience
 from ps.sessions import Session
 from ps.statuses import stream_error
+from ps.tier import Incoming, Tier
 from ps.traffic import Traffic
 from ps.wire import check_convertible, check_gradient, decode_chunks, decode_dtype
 
 _UPDATE_WAIT_SECONDS = 300.0
 _POOL_BYTES = 64 << 20
 _MAX_STAGED_CHUNK_BYTES = 1 << 34
+
+Item = TypeVar("Item")
 
 
 class BufferPool:
@@ -45,39 +52,89 @@ class BufferPool:
             self._bytes += raw.numel()
 
 
-@dataclass(eq=False)
-class _Incoming:
-    """One header's data on its way in.
+@dataclass(frozen=True)
+class _Piece:
+    """Some of a push's data, which counts all at once.
 
-    buffers: flat tensors, filled in their order. finish: counts what has arrived, all of it or nothing.
+    begin: memory to fill, in order, `num_bytes` together; may wait for it. finish: counts what has arrived.
     """
 
-    request_id: int
-    session: Session
-    buffers: Sequence[torch.Tensor]
-    finish: Callable[[], None]
+    num_bytes: int
+    begin: Callable[[], Sequence[Incoming]]
+    finish: Callable[[Sequence[Incoming]], None]
 
-    def __post_init__(self) -> None:
-        self._views = [byte_view(buffer) for buffer in self.buffers if buffer.numel()]
+
+class _Arrival:
+    """One header's data on its way in, piece by piece.
+
+    A trainer may fall silent in the middle; when its session ends the memory is given back.
+    """
+
+    def __init__(self, request_id: int, session: Session, tier: Tier, pieces: Iterable[_Piece]) -> None:
+        self.request_id = request_id
+        self._session = session
+        self._tier = tier
+        self._pieces = deque(pieces)
+        self._buffers: Sequence[Incoming] = ()
+        self._views: list[memoryview] = []
         self._filled = 0
-        self.expected_bytes = self.missing_bytes = sum(map(len, self._views))
+        self._lock = threading.Lock()
+        self._abandoned = False
+        self.expected_bytes = self.missing_bytes = sum(piece.num_bytes for piece in self._pieces)
+        if tier.limited:
+            session.on_end.add(self.abandon)
 
     def feed(self, data: bytes) -> None:
         """Raises InvalidRequest for more bytes than the header announced."""
-        self.session.touch()
-        if len(data) > self.missing_bytes:
-            raise InvalidRequest(f"a push of {self.expected_bytes} bytes was followed by more than that")
-        self.missing_bytes -= len(data)
-        rest = memoryview(data)
-        while rest:
-            view = self._views[0]
-            part = rest[: len(view) - self._filled]
-            view[self._filled : self._filled + len(part)] = part
-            self._filled += len(part)
-            rest = rest[len(part) :]
-            if self._filled == len(view):
-                del self._views[0]
-                self._filled = 0
+        with self._lock:
+            self._session.touch()
+            if len(data) > self.missing_bytes:
+                raise InvalidRequest(f"a push of {self.expected_bytes} bytes was followed by more than that")
+            rest = memoryview(data)
+            while rest:
+                if not self._views:
+                    self._begin()
+                view = self._views[0]
+                part = rest[: len(view) - self._filled]
+                view[self._filled : self._filled + len(part)] = part
+                self._filled += len(part)
+                rest = rest[len(part) :]
+                self.missing_bytes -= len(part)
+                if self._filled == len(view):
+                    del self._views[0]
+                    self._filled = 0
+                    if not self._views:
+                        self._finish()
+        if self._abandoned:
+            self.abandon()
+
+    def finish(self) -> None:
+        """Counts what has no bytes. Expects that no bytes are missing."""
+        while self._pieces:
+            self._begin()
+            self._finish()
+        self._session.on_end.discard(self.abandon)
+
+    def abandon(self) -> None:
+        """Gives back memory of a push that does not go on. Does not wait: a `feed` that is running does it."""
+        self._abandoned = True
+        if self._lock.acquire(blocking=False):
+            try:
+                self._views.clear()
+                for buffer in self._buffers:
+                    self._tier.give_back(buffer)
+                self._buffers = ()
+            finally:
+                self._lock.release()
+            self._session.on_end.discard(self.abandon)
+
+    def _begin(self) -> None:
+        self._buffers = self._pieces[0].begin()
+        self._views = [byte_view(buffer.tensor) for buffer in self._buffers if buffer.tensor.numel()]
+
+    def _finish(self) -> None:
+        self._pieces.popleft().finish(self._buffers)
+        self._buffers = ()
 
 
 def answer_pushes(
@@ -89,15 +146,16 @@ def answer_pushes(
     InvalidRequest.
     """
     pool = BufferPool()
-    incoming: _Incoming | None = None
+    incoming: _Arrival | None = None
     passing_over = False
-    with ExitStack() as busy:
+    with ExitStack() as busy, ExitStack() as left:
         for request in requests:
             part = request.WhichOneof("part")
             if part == "header":
                 if incoming is not None:
                     missing = InvalidRequest(f"the push still lacked {incoming.missing_bytes} bytes")
                     yield pb.PushResponse(request_id=incoming.request_id, error=stream_error(missing))
+                    incoming.abandon()
                     incoming = None
                     busy.close()
                 request_id = request.header.request_id
@@ -112,6 +170,8 @@ def answer_pushes(
                     busy.enter_context(traffic.busy())
                     passing_over = False
                     incoming = _begin(jobs, pool, request.header, cancelled)
+                    # However the stream ends: what has arrived of a push that does not is of no use.
+                    left.callback(incoming.abandon)
                 else:
                     traffic.pushed(len(request.data))
                     incoming.feed(request.data)
@@ -123,25 +183,28 @@ def answer_pushes(
                 passing_over = True
                 response = pb.PushResponse(request_id=request_id, error=stream_error(error))
             incoming = None
+            left.close()
             busy.close()
             yield response
 
 
-def _begin(jobs: Jobs, pool: BufferPool, header: pb.PushHeader, cancelled: Callable[[], bool]) -> _Incoming:
+def _begin(jobs: Jobs, pool: BufferPool, header: pb.PushHeader, cancelled: Callable[[], bool]) -> _Arrival:
     job, session = jobs.find(header.session_id)
     match header.kind:
         case pb.PushHeader.KIND_GRADIENT:
-            return _gradient(job, session, pool, header, cancelled)
+            pieces = _gradient(job, session, pool, header, cancelled)
         case pb.PushHeader.KIND_WEIGHT:
-            return _weight(job, session, header, cancelled)
+            pieces = _weight(job, session, header, cancelled)
         case pb.PushHeader.KIND_STAGED:
-            return _staged(job, session, header)
-    raise InvalidRequest(f"there is no kind {header.kind} of push")
+            pieces = _staged(job, session, header, cancelled)
+        case _:
+            raise InvalidRequest(f"there is no kind {header.kind} of push")
+    return _Arrival(header.request_id, session, job.tier, pieces)
 
 
 def _gradient(
     job: Job, session: Session, pool: BufferPool, header: pb.PushHeader, cancelled: Callable[[], bool]
-) -> _Incoming:
+) -> list[_Piece]:
     contributions = job.steps.of(session)
     shard, step = job.open_shard(), header.step
     chunks = decode_chunks(shard, header.chunks)
@@ -153,19 +216,27 @@ def _gradient(
         job.wait_for_version(session, shard, chunk, step, patience)
         if chunk.version != step:
             raise Conflict(f"a gradient of step {step} for {chunk.label} came at version {chunk.version}")
-    buffers = [pool.take(chunk.elements, dtype) for chunk in chunks]
+        job.used(session, shard, "gradient", chunk, step)
 
-    def finish() -> None:
+    def begin(some: Sequence[Chunk]) -> list[Incoming]:
+        if not job.tier.limited:
+            return [Incoming(pool.take(chunk.elements, dtype), None) for chunk in some]
+        return _incoming(
+            job.tier, [(chunk.elements, f"a gradient of {chunk.label}") for chunk in some], dtype, patience
+        )
+
+    def finish(some: Sequence[Chunk], buffers: Sequence[Incoming]) -> None:
         if job.shard is not shard:
             raise Conflict(f"job {job.name!r} was restored meanwhile")
-        pairs = list(zip(chunks, buffers, strict=True))
+        pairs = list(zip(some, buffers, strict=True))
         for spare in job.steps.add(session, contributions, step, header.sequence, pairs):
-            pool.give(spare)
+            if not job.tier.limited:
+                pool.give(spare)
 
-    return _Incoming(header.request_id, session, buffers, finish)
+    return _pieces(job.tier, chunks, [chunk.num_bytes(dtype) for chunk in chunks], begin, finish)
 
 
-def _weight(job: Job, session: Session, header: pb.PushHeader, cancelled: Callable[[], bool]) -> _Incoming:
+def _weight(job: Job, session: Session, header: pb.PushHeader, cancelled: Callable[[], bool]) -> list[_Piece]:
     _check_rank_0(job, session)
     shard = job.open_shard()
     chunks = decode_chunks(shard, header.chunks)
@@ -174,15 +245,20 @@ def _weight(job: Job, session: Session, header: pb.PushHeader, cancelled: Callab
     patience = Patience.of(_UPDATE_WAIT_SECONDS, cancelled)
     for chunk in chunks:
         job.wait_for_version(session, shard, chunk, header.step, patience)
-    buffers = [torch.empty(chunk.elements, dtype=dtype or chunk.dtype) for chunk in chunks]
 
-    def finish() -> None:
-        job.write_weights(session, shard, header.step, list(zip(chunks, buffers, strict=True)))
+    def begin(some: Sequence[Chunk]) -> list[Incoming]:
+        return [
+            job.tier.incoming((chunk.elements,), dtype or chunk.dtype, f"the weight of {chunk.label}", patience)
+            for chunk in some
+        ]
 
-    return _Incoming(header.request_id, session, buffers, finish)
+    def finish(some: Sequence[Chunk], buffers: Sequence[Incoming]) -> None:
+        job.write_weights(session, shard, header.step, list(zip(some, buffers, strict=True)))
+
+    return _pieces(job.tier, chunks, [chunk.num_bytes(dtype) for chunk in chunks], begin, finish)
 
 
-def _staged(job: Job, session: Session, header: pb.PushHeader) -> _Incoming:
+def _staged(job: Job, session: Session, header: pb.PushHeader, cancelled: Callable[[], bool]) -> list[_Piece]:
     _check_rank_0(job, session)
     staging = job.staging(session)
     dtype = decode_dtype(header.dtype)
@@ -190,18 +266,41 @@ def _staged(job: Job, session: Session, header: pb.PushHeader) -> _Incoming:
         raise InvalidRequest("staged data has to state its dtype")
     if len(header.chunk_bytes) != len(header.chunks):
         raise InvalidRequest(f"{len(header.chunks)} staged chunks came with {len(header.chunk_bytes)} sizes")
-    buffers = []
     for size in header.chunk_bytes:
         if size % dtype.itemsize or size > _MAX_STAGED_CHUNK_BYTES:
             raise InvalidRequest(f"a staged chunk of {dtype} cannot have {size} bytes")
-        buffers.append(torch.empty(size // dtype.itemsize, dtype=dtype))
+    patience = Patience.of(_UPDATE_WAIT_SECONDS, cancelled)
+    sized = list(zip(header.chunks, header.chunk_bytes, strict=True))
 
-    def finish() -> None:
+    def begin(some: Sequence[tuple[pb.ChunkRef, int]]) -> list[Incoming]:
+        return _incoming(job.tier, [(size // dtype.itemsize, "a staged chunk") for _, size in some], dtype, patience)
+
+    def finish(some: Sequence[tuple[pb.ChunkRef, int]], buffers: Sequence[Incoming]) -> None:
         session.check()
-        for reference, values in zip(header.chunks, buffers, strict=True):
+        for (reference, _), values in zip(some, buffers, strict=True):
             staging.put(reference.parameter, reference.chunk, values)
 
-    return _Incoming(header.request_id, session, buffers, finish)
+    return _pieces(job.tier, sized, list(header.chunk_bytes), begin, finish)
+
+
+def _pieces(
+    tier: Tier,
+    items: Sequence[Item],
+    sizes: Sequence[int],
+    begin: Callable[[Sequence[Item]], list[Incoming]],
+    finish: Callable[[Sequence[Item], Sequence[Incoming]], None],
+) -> list[_Piece]:
+    """A push as one piece; where memory is limited, a chunk at a time: a whole parameter may be too much."""
+    groups = [[item] for item in items] if tier.limited else [list(items)]
+    each = [[size] for size in sizes] if tier.limited else [list(sizes)]
+    return [
+        _Piece(sum(size), functools.partial(begin, group), functools.partial(finish, group))
+        for group, size in zip(groups, each, strict=True)
+    ]
+
+
+def _incoming(tier: Tier, tensors: Iterable[tuple[int, str]], dtype: torch.dtype, patience: Patience) -> list[Incoming]:
+    return [tier.incoming((elements,), dtype, what, patience) for elements, what in tensors]
 
 
 def _check_rank_0(job: Job, session: Session) -> None:

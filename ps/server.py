@@ -23,12 +23,13 @@ from grpc_reflection.v1alpha import reflection
 
 from protos import MAX_MESSAGE_BYTES, zero_ps_pb2, zero_ps_pb2_grpc
 from ps.address import split_address
-from ps.budget import Budget
 from ps.jobs import Jobs
 from ps.optimizer import warm_up
 from ps.options import ServerOptions
+from ps.process import return_freed_blocks, share_heaps
 from ps.service import ParameterServer
 from ps.store import DataDir
+from ps.tier import Tier, policy_named
 
 _MAX_THREADS = 512
 """A stream or a wait occupies a thread. They are started on demand.
@@ -36,6 +37,10 @@ _MAX_THREADS = 512
 A trainer has two streams with each server and at most one other call at a time besides heartbeats, some of
 which wait for the other trainers: at three threads each, 512 are enough for some 170 trainers.
 """
+
+_RETURNED_BYTES = 256 << 10
+_HEAPS = 4
+"""Where memory is limited: what malloc gives back at once, and among how many heaps it spreads the threads."""
 
 _GRACE_SECONDS = 5.0
 
@@ -63,7 +68,10 @@ class Server:
 
     def __init__(self, options: ServeOptions, data_dir: DataDir) -> None:
         torch.set_num_threads(options.threads or max(1, len(os.sched_getaffinity(0)) // 2))
-        self._jobs = Jobs(options.server, data_dir, Budget(options.memory_bytes))
+        if options.memory_bytes is not None:
+            return_freed_blocks(_RETURNED_BYTES)
+            share_heaps(_HEAPS)
+        self._jobs = Jobs(options.server, data_dir, Tier(options.memory_bytes, policy_named(options.server.eviction)))
         self._service = ParameterServer(self._jobs)
         self._grpc = grpc.server(
             ThreadPoolExecutor(_MAX_THREADS, thread_name_prefix="grpc"),

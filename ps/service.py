@@ -87,6 +87,12 @@ class ParameterServer(zero_ps_pb2_grpc.ParameterServerServicer):
             peak_rss_bytes=peak,
             bytes_pulled=self.traffic.bytes_pulled,
             bytes_pushed=self.traffic.bytes_pushed,
+            memory_limit_bytes=self._jobs.tier.limit_bytes or 0,
+            resident_bytes=self._jobs.tier.resident_bytes,
+            peak_resident_bytes=self._jobs.tier.peak_bytes,
+            spilled_bytes=self._jobs.tier.spilled_bytes,
+            spill_bytes_read=self._jobs.tier.bytes_read,
+            spill_bytes_written=self._jobs.tier.bytes_written,
             jobs=[_job_status(job) for job in self._jobs.loaded()]
             + [pb.JobStatus(name=name, step=-1, committed_steps=steps) for name, steps in self._jobs.stored()],
         )

@@ -30,6 +30,8 @@ class Session:
     deaf_seconds: float = 0.0
     ended: str | None = None
     """Why it ended; None while it lives."""
+    on_end: set[Callable[[], None]] = field(default_factory=set)
+    """What gives back memory that the trainer was about to fill. Called with the job's monitor held."""
 
     def check(self) -> None:
         """Raises SessionEnded unless the session is alive."""

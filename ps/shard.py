@@ -1,4 +1,4 @@
-"""A job's state in memory on one server: the manifest, and the chunks of it that are placed here."""
+"""A job's state on one server: the manifest, and the chunks of it that are placed here."""
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -7,8 +7,11 @@ from dataclasses import replace
 from protos.layout import ChunkGrid, digest, place_all
 from ps.chunk import Chunk
 from ps.errors import Conflict, InvalidRequest
+from ps.home import IN_MEMORY, Home
 from ps.optimizer import ChunkOptimizer
+from ps.schedule import Schedule
 from ps.store import CommitKey, OptimizerGroup, OptimizerSpec, StoredParameter
+from ps.tier import Area, Tier
 
 
 class Shard:
@@ -21,9 +24,19 @@ class Shard:
     metadata: what the trainer gave to the last commit.
     generation: the commit whose generation memory is equal to, or None.
     restore_id: of the restore that the state stems from, or "".
+    tier, area: what counts the bytes of chunks, and where those go that do not fit; area is None if all do.
+    schedule: when chunks are used next; None where nothing ever leaves memory.
     """
 
-    def __init__(self, index: int, num_shards: int, manifest: Sequence[StoredParameter], step: int = 0) -> None:
+    def __init__(
+        self,
+        index: int,
+        num_shards: int,
+        manifest: Sequence[StoredParameter],
+        step: int = 0,
+        tier: Tier = IN_MEMORY,
+        area: Area | None = None,
+    ) -> None:
         self.index = index
         self.num_shards = num_shards
         self.manifest = tuple(manifest)
@@ -36,6 +49,8 @@ class Shard:
         self.metadata = ""
         self.generation: CommitKey | None = None
         self.restore_id = ""
+        self.tier = tier
+        self.area = area
         self._placement = place_all((p.shape for p in self.manifest), num_shards)
         self.placement_digest = digest(self._placement)
         self._chunks: dict[tuple[int, int], Chunk] = {}
@@ -47,9 +62,21 @@ class Shard:
                 if place != index:
                     continue
                 label = f"chunk {chunk} of {parameter.name!r}"
-                here.append(Chunk(number, chunk, label, grid.chunk_shape(chunk), parameter.dtype, step))
+                home = Home(tier, label, area, parameter, chunk)
+                here.append(Chunk(number, chunk, label, grid.chunk_shape(chunk), parameter.dtype, step, home))
                 self._chunks[number, chunk] = here[-1]
             self._of_parameter.append(here)
+        if area is not None:
+            area.on_loss = self.fail
+        self.schedule = Schedule(list(self)) if tier.limited else None
+
+    def close(self) -> None:
+        """Gives back the memory and the spill files. Nobody may wait for anything of it any more."""
+        for chunk in self:
+            chunk.discard()
+        self.tier.unreserve(self)
+        if self.area is not None:
+            self.area.drop()
 
     def fail(self, why: str) -> None:
         self.failed_at = time.monotonic()
@@ -88,12 +115,12 @@ class Shard:
 
     def missing_weights(self) -> int:
         """How many chunks have never got a weight."""
-        return sum(chunk.weight is None for chunk in self)
+        return sum(not chunk.has_weight for chunk in self)
 
     def check_weights(self) -> None:
         """Raises Conflict while a chunk has no weight."""
         if missing := self.missing_weights():
-            first = next(chunk.label for chunk in self if chunk.weight is None)
+            first = next(chunk.label for chunk in self if not chunk.has_weight)
             raise Conflict(
                 f"{missing} of {len(self)} chunks have no weight yet ({first} is the first); rank 0 has to "
                 "write every weight before training begins"
@@ -111,15 +138,9 @@ class Shard:
         trainable = {p.name: p.trainable for p in manifest}
         self.manifest = tuple(replace(p, trainable=trainable[p.name]) for p in self.manifest)
 
-    def needed_bytes(self, world_size: int, state_bytes_per_element: float) -> int:
-        """An estimate of the memory that training this shard takes: weights, state and accumulators."""
-        total = 0.0
-        for chunk in self:
-            total += chunk.num_bytes()
-            if self.manifest[chunk.parameter].has_state:
-                total += chunk.num_bytes(chunk.accumulation_dtype) * world_size
-                total += chunk.elements * state_bytes_per_element
-        return int(total)
+    def chunks_of(self) -> list[list[Chunk]]:
+        """The chunks here of each parameter, in the order of the manifest."""
+        return self._of_parameter
 
     @property
     def resident_bytes(self) -> int:

@@ -1,42 +1,84 @@
 """Weights of a model under construction: rank 0 sends them before there is a manifest that lists them."""
 
+from collections.abc import Callable
+
 import torch
 
 from ps.chunk import Chunk, byte_view
 from ps.errors import InvalidRequest
+from ps.home import staged_part
+from ps.tier import Area, Incoming, Part, Tier
 
 
 class Staging:
-    """Staged chunks of one session: flat tensors by staging id and chunk index."""
+    """Staged chunks of one session: flat tensors by staging id and chunk index.
 
-    def __init__(self) -> None:
-        self._staged: dict[tuple[int, int], torch.Tensor] = {}
+    area: where they are spilled to; None in a tier without a limit.
+    """
 
-    def put(self, staging_id: int, chunk: int, values: torch.Tensor) -> None:
-        self._staged[staging_id, chunk] = values
+    def __init__(self, tier: Tier, area: Area | None) -> None:
+        self._tier = tier
+        self._area = area
+        self._staged: dict[tuple[int, int], Part] = {}
 
-    def read(self, staging_id: int, chunk: int, dtype: torch.dtype | None) -> memoryview:
-        """The bytes of a staged chunk. Raises InvalidRequest if there is none."""
-        staged = self._staged.get((staging_id, chunk))
-        if staged is None:
+    def put(self, staging_id: int, chunk: int, values: Incoming) -> None:
+        """Raises OutOfBudget for more small chunks than memory is for."""
+        part = staged_part(self._area, staging_id, chunk, values.tensor)
+        if self._tier.limited and not part.spillable:
+            self._tier.reserve(self, self._small_bytes + part.nbytes, "staging small chunks")
+        self._tier.adopt(part, values)
+        replaced = self._staged.get((staging_id, chunk))
+        self._staged[staging_id, chunk] = part
+        if replaced is not None:
+            self._tier.discard([replaced])
+
+    def read(self, staging_id: int, chunk: int, dtype: torch.dtype | None) -> tuple[int, Callable[[int, int], bytes]]:
+        """The size of a staged chunk in `dtype`, and how to read a range of it.
+
+        Raises InvalidRequest if there is none.
+        """
+        part = self._staged.get((staging_id, chunk))
+        if part is None:
             raise InvalidRequest(f"there is no staged chunk {chunk} under id {staging_id}")
-        return byte_view(staged if dtype is None or dtype == staged.dtype else staged.to(dtype))
+        wanted = part.dtype if dtype is None else dtype
 
-    def take(self, staging_id: int, chunk: Chunk) -> torch.Tensor | None:
+        def read(start: int, stop: int) -> bytes:
+            with self._tier.lease([part]):
+                if not part.filled:
+                    raise InvalidRequest(f"staged chunk {chunk} under id {staging_id} is gone")
+                values = part.tensor[start // wanted.itemsize : stop // wanted.itemsize]
+                return bytes(byte_view(values.to(wanted)))
+
+        return part.nbytes // part.dtype.itemsize * wanted.itemsize, read
+
+    def take(self, staging_id: int, chunk: Chunk) -> Part | None:
         """Removes and returns what was staged for a chunk, or None. Raises InvalidRequest on a wrong size."""
         staged = self._staged.get((staging_id, chunk.index))
         if staged is None:
             return None
-        if staged.numel() != chunk.elements:
-            raise InvalidRequest(
-                f"{chunk.label} has {chunk.elements} elements, and {staged.numel()} were staged for it"
-            )
+        elements = staged.nbytes // staged.dtype.itemsize
+        if elements != chunk.elements:
+            raise InvalidRequest(f"{chunk.label} has {chunk.elements} elements, and {elements} were staged for it")
         del self._staged[staging_id, chunk.index]
+        if not staged.spillable:
+            self._tier.reserve(self, self._small_bytes, "staging small chunks")
         return staged
 
     def clear(self) -> None:
-        self._staged.clear()
+        staged, self._staged = list(self._staged.values()), {}
+        self._tier.discard(staged)
+        self._tier.unreserve(self)
+
+    def close(self) -> None:
+        """The session has ended."""
+        self.clear()
+        if self._area is not None:
+            self._area.drop()
 
     @property
     def resident_bytes(self) -> int:
-        return sum(staged.nbytes for staged in list(self._staged.values()))
+        return sum(staged.resident_bytes for staged in list(self._staged.values()))
+
+    @property
+    def _small_bytes(self) -> int:
+        return sum(part.nbytes for part in list(self._staged.values()) if not part.spillable)

@@ -14,7 +14,7 @@ from protos import zero_ps_pb2_grpc
 from protos.sizes import format_bytes
 from ps.address import split_address
 
-_HEADINGS = ("ADDRESS", "SHARD", "MEMORY", "PULLED", "PUSHED", "JOB", "STEP", "COMMITTED", "TRAINERS")
+_HEADINGS = ("ADDRESS", "SHARD", "MEMORY", "CHUNKS", "PULLED", "PUSHED", "JOB", "STEP", "COMMITTED", "TRAINERS")
 
 
 def print_status(addresses: Sequence[str], timeout_seconds: float) -> int:
@@ -52,6 +52,7 @@ def _rows(address: str, status: pb.StatusResponse) -> list[tuple[str, ...]]:
         address,
         f"{status.shard}/{status.num_shards}",
         format_bytes(status.rss_bytes),
+        _chunks(status),
         format_bytes(status.bytes_pulled),
         format_bytes(status.bytes_pushed),
     )
@@ -65,6 +66,14 @@ def _rows(address: str, status: pb.StatusResponse) -> list[tuple[str, ...]]:
         for job in status.jobs
     ]
     return [(*server, *job) for job in jobs or [("-", "-", "-", "-")]]
+
+
+def _chunks(status: pb.StatusResponse) -> str:
+    """Where the bytes of chunks are, if memory is limited."""
+    if not status.memory_limit_bytes:
+        return "in memory"
+    resident, limit = format_bytes(status.resident_bytes), format_bytes(status.memory_limit_bytes)
+    return f"{resident} of {limit}, {format_bytes(status.spilled_bytes)} on disk"
 
 
 def _trainers(job: pb.JobStatus) -> str:

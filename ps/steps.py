@@ -9,13 +9,14 @@ import torch
 
 from protos.values import Option
 from ps.chunk import Chunk
-from ps.contributions import Contributions, average
+from ps.contributions import Contributions, average, average_bytes, gradient_parts
 from ps.errors import Conflict, InvalidRequest, JobFailed, SessionEnded
 from ps.monitor import Monitor, Patience
 from ps.norms import NormKey, Norms
 from ps.optimizer import Options
 from ps.sessions import Session, Sessions
 from ps.shard import Shard
+from ps.tier import Incoming, Part, ReadAhead
 from ps.updater import AgreedStep, Updater
 
 
@@ -47,21 +48,27 @@ class Steps:
 
     def join(self, session: Session) -> None:
         """A session begins; expects the monitor to be held."""
-        self._contributions[session.id] = Contributions()
+        self._contributions[session.id] = Contributions(f"gradient-{session.id[:8]}")
         if not session.read_only:
             # It knows nothing of what the others have been through, so all count from the same epoch.
             self._begin_epochs()
 
     def leave(self, session: Session) -> None:
         """Discards what a session contributed and no agreed step uses; expects the monitor to be held."""
-        if self._contributions.pop(session.id, None) is not None and not session.read_only:
+        contributions = self._contributions.pop(session.id, None)
+        if contributions is None:
+            return
+        contributions.drop()
+        if not session.read_only:
             self._wishes.pop(session.rank, None)
             self._disagreement = None
             self._norms.clear()
 
     def reset(self) -> None:
         """Discards everything, for a restore; expects the monitor to be held."""
-        self._contributions = {id: Contributions() for id in self._contributions}
+        for id, old in self._contributions.items():
+            self._contributions[id] = Contributions(old.name)
+            old.drop()
         self._wishes.clear()
         self._disagreement = None
         self._norms.clear()
@@ -80,6 +87,11 @@ class Steps:
         except KeyError:
             raise SessionEnded("this session has just ended") from None
 
+    def part(self, session: Session, chunk: Chunk) -> Part | None:
+        """Where a session's gradients of a chunk add up, if it has sent any."""
+        contributions = self._contributions.get(session.id)
+        return None if contributions is None else contributions.part(chunk)
+
     def check_progress(self, session: Session) -> None:
         """Raises when the next step cannot come about: a trainer is lost, or they disagree."""
         self._sessions.check_group(session)
@@ -92,9 +104,9 @@ class Steps:
         contributions: Contributions,
         step: int,
         sequence: int,
-        gradients: Sequence[tuple[Chunk, torch.Tensor]],
+        gradients: Sequence[tuple[Chunk, Incoming]],
     ) -> list[torch.Tensor]:
-        """Counts gradients (flat, any floating dtype) of one micro-batch. Returns memory to use again.
+        """Counts gradients (any floating dtype) of one micro-batch. Returns memory to use again.
 
         Raises Conflict if the session has said that its contributions to the step are final, or if an
         earlier contribution is missing. What was counted before is not counted again.
@@ -112,6 +124,8 @@ class Steps:
                     "another; call zero_grad first to begin anew"
                 )
             spare = [contributions.add(chunk, gradient, step) for chunk, gradient in new]
+            for chunk, gradient in gradients:
+                chunk.tier.give_back(gradient)
         return [tensor for tensor in spare if tensor is not None]
 
     def zero(self, session: Session, shard: Shard, step: int, chunks: Iterable[Chunk]) -> None:
@@ -200,13 +214,33 @@ class Steps:
                     return norms
                 if by_rank is None or not all_final():
                     raise self._gone(session, check)
-            norms = [_norm(chunk, by_rank, norm_type) for chunk in chunks]
+            norms = self._compute_norms(shard, step, chunks, by_rank, norm_type, patience)
             with self._monitor:
                 if everyone() != by_rank or key() != asked or not all_final():
                     raise self._gone(session, check)
                 self._norms.keep(asked, norms)
                 self._norms.tell(asked, session.id)
             return norms
+
+    @staticmethod
+    def _compute_norms(
+        shard: Shard,
+        step: int,
+        chunks: Sequence[Chunk],
+        by_rank: Sequence[Contributions],
+        norm_type: float,
+        patience: Patience,
+    ) -> list[float]:
+        norms = []
+        ahead = ReadAhead(shard.tier, chunks, lambda chunk: gradient_parts(chunk, by_rank))
+        for number, chunk in enumerate(chunks):
+            if shard.schedule is not None:
+                shard.schedule.norm(step, chunk)
+            ahead.reached(number)
+            norms.append(_norm(chunk, by_rank, norm_type, patience))
+        if shard.schedule is not None:
+            shard.schedule.norm(step, None)
+        return norms
 
     def _gone(self, session: Session, check: Callable[[], None]) -> Conflict:
         """Why gradients that were final are no longer; `check` may know better and raises then."""
@@ -265,6 +299,8 @@ class Steps:
         for parameters, scale in wish.scales:
             for parameter in parameters:
                 scales[parameter] = (*scales.get(parameter, ()), scale)
+        for each in contributions:
+            each.hold()
         agreed = AgreedStep(shard, shard.step, options, scales, tuple(contributions))
         shard.step += 1
         self._wishes.clear()
@@ -286,8 +322,11 @@ class Steps:
             )
 
 
-def _norm(chunk: Chunk, contributions: Sequence[Contributions], norm_type: float) -> float:
-    with chunk.lock:
+def _norm(chunk: Chunk, contributions: Sequence[Contributions], norm_type: float, patience: Patience) -> float:
+    parts = gradient_parts(chunk, contributions)
+    scratch = average_bytes(chunk, contributions)
+    what = f"the norm of the gradient of {chunk.label}"
+    with chunk.tier.lease(parts, scratch_bytes=scratch, what=what, patience=patience), chunk.lock:
         gradient = average(chunk, contributions)
         if gradient is None:
             return 0.0

@@ -1,9 +1,13 @@
-"""Runs the steps that all trainers agreed on, chunk by chunk, in the background."""
+"""Runs the steps that all trainers agreed on, chunk by chunk, in the background.
+
+Where memory is limited, what the next batches need is read while one is stepped, and what the last ones
+have changed is written: see `ps/tier`.
+"""
 
 import logging
 import queue
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -12,8 +16,10 @@ import torch
 from ps.chunk import Chunk
 from ps.contributions import Contributions, average
 from ps.monitor import Monitor
-from ps.optimizer import Options
+from ps.optimizer import ChunkOptimizer, Options
 from ps.shard import Shard
+from ps.tier import Part, ReadAhead
+from ps.working_set import of_update, to_read_ahead
 
 _BATCH_BYTES = 4 << 20
 """Chunks up to this size together are stepped in one call of torch, whose cost per call is some 50 µs."""
@@ -60,57 +66,84 @@ class Updater:
 
     def _run(self) -> None:
         while (step := self._steps.get()) is not None:
-            if step.shard.failure is not None:
-                continue
             try:
-                self._update(step)
+                if step.shard.failure is None:
+                    self._update(step)
             except Exception as error:
                 _log.exception("job %r: step %d failed", self._job, step.step)
                 step.shard.fail(f"step {step.step} failed on shard {step.shard.index}: {error}")
+            for contributions in step.contributions:
+                contributions.drop()
             # A local of an idle thread would keep a replaced shard in memory.
             del step
             self._monitor.changed()
 
     def _update(self, step: AgreedStep) -> None:
-        optimizer = step.shard.optimizer
+        shard, optimizer = step.shard, step.shard.optimizer
         assert optimizer is not None
-        for batch in _batches(step.shard):
-            with self._shard_lock, ExitStack() as locks:
-                step.shard.generation = None
+        batches = list(_batches(shard))
+        ahead = ReadAhead(shard.tier, batches, lambda batch: to_read_ahead(batch, step.contributions))
+        for number, batch in enumerate(batches):
+            ahead.reached(number)
+            with self._shard_lock:
+                shard.generation = None
                 optimizer.set_options(step.options)
-                for chunk in batch:
-                    locks.enter_context(chunk.lock)
-                stepped: list[tuple[Chunk, torch.Tensor]] = []
-                for chunk in batch:
-                    gradient = None
-                    if chunk.parameter in optimizer.group_of:
-                        gradient = average(chunk, step.contributions)
-                    if gradient is not None:
-                        for scale in step.scales.get(chunk.parameter, ()):
-                            gradient.mul_(scale)
-                        stepped.append((chunk, gradient))
-                for has_state in (True, False):
-                    if part := [pair for pair in stepped if bool(pair[0].state) == has_state]:
-                        optimizer.update(part)
-                changed = {chunk for chunk, _ in stepped}
-                for chunk in batch:
-                    chunk.advance(changed=chunk in changed)
-                    for contributions in step.contributions:
-                        contributions.updated(chunk)
+                self._update_batch(step, optimizer, batch)
             self._monitor.changed()
         with self._shard_lock:
             # Also where no chunk is: what is committed has to be the same on every server.
-            step.shard.generation = None
+            shard.generation = None
             optimizer.set_options(step.options)
-            step.shard.updated_step = step.step + 1
+            shard.updated_step = step.step + 1
+
+    def _update_batch(self, step: AgreedStep, optimizer: ChunkOptimizer, batch: Sequence[Chunk]) -> None:
+        by_rank = step.contributions
+        with_gradient = [
+            chunk
+            for chunk in batch
+            if chunk.parameter in optimizer.group_of and any(c.part(chunk) is not None for c in by_rank)
+        ]
+        leased: Collection[Part] = ()
+        with ExitStack() as held:
+            if step.shard.tier.limited and with_gradient:
+                needed = of_update(with_gradient, optimizer, by_rank, step.scales)
+                leased = set(needed.fresh)
+                what = f"the update of {with_gradient[0].label}"
+                held.enter_context(
+                    step.shard.tier.lease(needed.read, needed.fresh, scratch_bytes=needed.scratch_bytes, what=what)
+                )
+                for chunk in batch:
+                    held.enter_context(chunk.lock)
+                for contributions, chunk, wide in needed.wide:
+                    contributions.widen(chunk, wide)
+            else:
+                for chunk in batch:
+                    held.enter_context(chunk.lock)
+            stepped: list[tuple[Chunk, torch.Tensor]] = []
+            for chunk in with_gradient:
+                gradient = average(chunk, by_rank)
+                assert gradient is not None
+                for scale in step.scales.get(chunk.parameter, ()):
+                    gradient.mul_(scale)
+                stepped.append((chunk, gradient))
+            for has_state in (True, False):
+                if part := [pair for pair in stepped if pair[0].has_state == has_state]:
+                    optimizer.update(part)
+            for chunk in batch:
+                chunk.advance(changed=chunk in with_gradient, leased=leased)
+                for contributions in by_rank:
+                    contributions.updated(chunk)
 
 
 def _batches(shard: Shard) -> Iterator[list[Chunk]]:
     """Runs of chunks in the order of the manifest, which is about the order in which a forward needs them."""
     batch: list[Chunk] = []
     size = 0
+    limit = _BATCH_BYTES
+    if shard.tier.limited:
+        limit = min(limit, shard.tier.lease_limit_bytes // 16)
     for chunk in shard:
-        if batch and size + chunk.num_bytes() > _BATCH_BYTES:
+        if batch and size + chunk.num_bytes() > limit:
             yield batch
             batch, size = [], 0
         batch.append(chunk)

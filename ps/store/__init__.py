@@ -5,6 +5,7 @@ Importing this package lets zarr-python open arrays of data type `bfloat16`.
 """
 
 from ps.store.bfloat16 import register_bfloat16
+from ps.store.chunk_reader import read_tensor
 from ps.store.contents import (
     ChunkFile,
     ChunkState,
@@ -49,5 +50,6 @@ __all__ = [
     "StoreError",
     "StoredParameter",
     "Written",
+    "read_tensor",
     "register_bfloat16",
 ]

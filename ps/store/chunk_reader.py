@@ -186,3 +186,16 @@ def _assemble(chunk: _Chunk, places: Iterator[Span], buffer: torch.Tensor) -> Ch
 def _as_state(chunk: _Chunk, values: dict[str | None, V]) -> ChunkState[V]:
     weight = values.pop(None)
     return ChunkState(chunk.parameter, chunk.chunk, weight, {str(name): value for name, value in values.items()})
+
+
+def read_tensor(file: ChunkFile, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """A small tensor from a chunk's file, whose checksum is compared. Raises DamagedError, naming the file."""
+    try:
+        data = bytearray(file.path.read_bytes())
+    except OSError as error:
+        raise DamagedError(f"cannot read {file.path}: {error.strerror or error}; restore another generation") from error
+    raw = torch.frombuffer(data, dtype=torch.uint8)
+    size = math.prod(shape) * dtype.itemsize
+    if len(data) < size or (file.crc32c is not None and crc32c(raw) != file.crc32c):
+        raise DamagedError(f"{file.path} is damaged: it is not what was written; restore another generation")
+    return raw[:size].clone().view(dtype).view(shape)

@@ -1,5 +1,6 @@
 """A server's data folder: whose it is, and that only one process uses it."""
 
+import shutil
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -10,7 +11,7 @@ from ps.store.arrays import encode_document
 from ps.store.errors import DataDirError, check_format
 from ps.store.fields import Fields
 from ps.store.folder_lock import FolderLock
-from ps.store.job_store import GENERATIONS, JobStore
+from ps.store.job_store import GENERATIONS, WORKING, JobStore
 
 FORMAT = 1
 CLAIM_FILE = "zero-ps.json"
@@ -53,6 +54,15 @@ class DataDir:
         """The names of the jobs that have something here."""
         folders = (p for p in self.path.iterdir() if (p / GENERATIONS).is_dir())
         return sorted(folder.name for folder in folders if _is_job_name(folder.name))
+
+    def empty_working(self) -> None:
+        """Removes what a former process could not hold in memory. For the start of a server. Raises OSError."""
+        for folder in self.path.iterdir():
+            if _is_job_name(folder.name) and (folder / WORKING).is_dir():
+                shutil.rmtree(folder / WORKING)
+                if not any(folder.iterdir()):
+                    # A job that was never committed.
+                    folder.rmdir()
 
     def job_store(self, name: str) -> JobStore:
         """The store of one job, which need not exist yet. ValueError for a name that no job may have."""

@@ -23,6 +23,9 @@ from ps.store.generation_folders import GenerationFolder
 GENERATIONS = "generations"
 """The folder in a job's folder that holds its generations."""
 
+WORKING = "working"
+"""The folder in a job's folder for what a running server cannot hold in memory."""
+
 WRITE_THREADS = 4
 """Threads that write chunks. They copy bytes to the operating system."""
 
@@ -45,6 +48,7 @@ class JobStore:
         self._shard = shard
         self._num_shards = num_shards
         self._folder = Path(data_dir) / job / GENERATIONS
+        self.working = Path(data_dir) / job / WORKING
         self._own_file = shard_file.file_name(shard, num_shards)
 
     def committed_steps(self) -> list[int]:

@@ -128,9 +128,13 @@ class Client:
         self.call("CloseSession")
         self.drop()
 
+    def stop_beating(self) -> None:
+        """Falls silent with the connection open, as a stopped process would."""
+        self._silent.set()
+
     def drop(self) -> None:
         """Ends the connection without a word, as a killed process would."""
-        self._silent.set()
+        self.stop_beating()
         self.pulls.close()
         self.pushes.close()
         self.channel.close()

@@ -305,22 +305,28 @@ def test_a_data_dir_that_is_a_file_or_nothing_is_refused(tmp_path: Path) -> None
 # ---------------------------------------------------------------- memory
 
 
-def test_a_job_that_does_not_fit_is_refused_with_both_sizes() -> None:
+def test_a_chunk_that_can_never_fit_is_refused_with_both_sizes_and_the_least_that_would_do() -> None:
     with LocalCluster(1, memory="20MiB") as cluster:
         client = Client(cluster.addresses[0], job="large")
-        code, message = error_of(lambda: client.open_job({"w": torch.zeros(3_000_000)}))
+        code, message = error_of(lambda: client.open_job({"w": torch.zeros(1, 3_000_000)}))
         assert code == grpc.StatusCode.RESOURCE_EXHAUSTED
-        assert "needs 22.9 MiB on this server (weights and gradients)" in message
-        assert "its --memory is 20.0 MiB" in message
+        assert "chunk 0 of 'w' comes in 11.4 MiB at once" in message
+        assert "5.0 MiB, a quarter of its --memory of 20.0 MiB; start it with --memory" in message
         client = Client(cluster.addresses[0], job="state")
-        client.open_job({"w": torch.zeros(2_000_000)})
+        client.open_job({"w": torch.zeros(1, 1_200_000)})
         code, message = error_of(lambda: client.set_optimizer("AdamW"))
         assert code == grpc.StatusCode.RESOURCE_EXHAUSTED
-        assert "needs 30.5 MiB on this server (weights and gradients and optimizer state)" in message
+        assert "an update of chunk 0 of 'w' needs 32.0 MiB in memory at once" in message
+        assert "this server has 15.0 MiB for that" in message
         client.set_optimizer("SGD")
-        client = Client(cluster.addresses[0], job="third")
-        code, message = error_of(lambda: client.open_job({"w": torch.zeros(1_000_000)}))
-        assert "beside 15.3 MiB of other jobs" in message
+
+
+def test_what_is_too_small_to_spill_has_to_fit() -> None:
+    with LocalCluster(1, memory="1MiB") as cluster:
+        client = Client(cluster.addresses[0], job="small")
+        code, message = error_of(lambda: client.open_job({f"w{n}": torch.zeros(10_000) for n in range(8)}))
+        assert code == grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert "that cannot be spilled" in message
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,6 @@ import torch
 
 from protos import zero_ps_pb2 as pb
 from ps import LocalCluster, commits
-from ps.budget import Budget
 from ps.errors import SessionEnded
 from ps.job import Job
 from ps.monitor import Patience
@@ -20,6 +19,7 @@ from ps.opening import open_job
 from ps.options import ServerOptions
 from ps.sessions import Session
 from ps.store import CommitKey, DataDir, StoredParameter
+from ps.tier import Incoming, Tier
 from tests.ps.client import Client, error_of, spec, start_job
 
 SHAPES = {"a": (), "b": (1200, 1001), "c": (17, 3), "d": (0, 2)}
@@ -317,14 +317,14 @@ def test_a_restore_of_a_trainer_that_was_replaced_meanwhile_changes_nothing(tmp_
         return job.open_session(0, 1, incarnation, False, Patience.of(5))
 
     with DataDir(tmp_path, 0, 1) as data_dir:
-        job = Job("gpt", ServerOptions(0, 1), data_dir.job_store("gpt"), Budget(None))
+        job = Job("gpt", ServerOptions(0, 1), data_dir.job_store("gpt"), Tier())
         old = session("old")
         open_job(job, old, [StoredParameter("w", (3,), torch.float32, "parameter", True)], {})
         shard = job.open_shard()
-        job.write_weights(old, shard, 0, [(chunk, torch.zeros(3)) for chunk in shard])
+        job.write_weights(old, shard, 0, [(chunk, Incoming(torch.zeros(3), None)) for chunk in shard])
         key = CommitKey(0, "a")
         commits.commit(job, old, key, "", None, False, Patience.of(5))
-        job.write_weights(old, shard, 0, [(chunk, torch.ones(3)) for chunk in shard])
+        job.write_weights(old, shard, 0, [(chunk, Incoming(torch.ones(3), None)) for chunk in shard])
         read_into = job.generations.read_into
 
         def slowly(*arguments: object) -> None:

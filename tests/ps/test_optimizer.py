@@ -37,7 +37,7 @@ class Chunked:
             for index in range(grid.num_chunks):
                 chunk = Chunk(number, index, "", grid.chunk_shape(index), parameter.dtype, 0)
                 start, stop = grid.element_range(index)
-                chunk.write(parameter.detach().reshape(-1)[start:stop].clone(), adopt=True)
+                chunk.write(parameter.detach().reshape(-1)[start:stop].clone())
                 self.chunks.append(chunk)
 
     def step(self, gradients: list[torch.Tensor | None]) -> None:
@@ -49,7 +49,7 @@ class Chunked:
                 self.optimizer.update([(chunk, part)])
 
     def whole(self, number: int) -> torch.Tensor:
-        parts = [chunk.weight.reshape(-1) for chunk in self.chunks if chunk.parameter == number]
+        parts = [chunk.weight.tensor.reshape(-1) for chunk in self.chunks if chunk.parameter == number]
         return torch.cat(parts).view(self.grids[number].shape)
 
 

@@ -119,3 +119,31 @@ def peak_memory(addresses: list[str], job: str, layers: int, width: int) -> dict
             "live": max(live),
             "reported": trainer.report(model).peak_live_bytes,
         }
+
+
+def clipped_adamw(
+    addresses: list[str], job: str, layers: int, width: int, commits: list[int], dtype: str | None = None
+) -> dict[str, Any]:
+    """Trains from where the job is to the last of the steps to commit: two micro-batches each, clipped gradients."""
+    param_dtype = None if dtype is None else getattr(torch, dtype)
+    rank = int(os.environ["RANK"])
+    with trainer.connect(addresses, job=job) as connection:
+        with connection.init():
+            model = seeded(lambda: Deep(layers, width))
+        config = trainer.OffloadConfig(param_dtype=param_dtype)
+        trainer.offload(model, connection, config)
+        optimizer = adamw(model.parameters())
+        started_at, losses = connection.step, []
+        while connection.step < commits[-1]:
+            for part in range(2):
+                generator = torch.Generator().manual_seed(100 * connection.step + 10 * rank + part)
+                x = torch.randn(4, width, generator=generator).to(param_dtype or torch.float32)
+                loss = model(x).float().pow(2).mean()
+                loss.backward()
+                losses.append(loss.item())
+            trainer.clip_grad_norm_(model.parameters(), 0.1)
+            optimizer.step()
+            optimizer.zero_grad()
+            if connection.step in commits:
+                connection.commit()
+        return {"started_at": started_at, "losses": losses, "params": gathered_values(model)}

@@ -1,0 +1,151 @@
+"""When each chunk of a shard is used next: the cycle of training, and where in it everybody is.
+
+An iteration at step s is what trainers do in their order (pulls at version s, gradients of step s), then
+norms if there are any, then the update of every chunk in the order of the manifest. The order of the first
+is what a trainer stated (`Plan`), else the order of its last iteration as the server saw it, else forwards
+through the manifest and back.
+
+Times are integers: `STEP` for each step, and places within it.
+"""
+
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+from ps.chunk import Chunk
+from ps.plan import Plan
+from ps.tier import NEVER
+
+Kind = Literal["pull", "gradient"]
+Use = tuple[Kind, Chunk]
+
+STEP = 1 << 40
+NORM = 1 << 38
+UPDATE = 1 << 39
+
+_MAX_RECORDED = 1 << 20
+"""Uses of one iteration that are remembered."""
+
+
+class _Follower:
+    """Where a trainer is: the next use in the order, at a step; and what it has done in this iteration."""
+
+    def __init__(self) -> None:
+        self.step = -1
+        self.place = 0
+        self.seen: list[Use] = []
+
+
+class Schedule:
+    """The schedule of one shard, for a tier with a limit.
+
+    Forecasts only decide what is in memory; they need no lock, and may be wrong.
+    """
+
+    def __init__(self, chunks: Sequence[Chunk]) -> None:
+        self._chunks = list(chunks)
+        self._index = {chunk: place for place, chunk in enumerate(self._chunks)}
+        self._followers: dict[str, _Follower] = {}
+        self._step = 0
+        self._place = 0
+        self._has_norms = False
+        self._normed: tuple[int, int] = (-1, 0)
+        forward: list[Use] = [("pull", chunk) for chunk in self._chunks]
+        backward: list[Use] = [(kind, c) for c in reversed(self._chunks) for kind in ("pull", "gradient")]
+        self._stated = False
+        self._set_order([*forward, *backward])
+        for chunk in self._chunks:
+            for kind, uses in (
+                ("weight", self._weight),
+                ("copy", self._copy),
+                ("state", self._update),
+                ("gradient", self._gradient),
+            ):
+                chunk.forecasts[kind] = lambda chunk=chunk, uses=uses: uses(chunk)  # type: ignore[misc]
+
+    # ------------------------------------------------------------ what happens
+
+    def follow(self, plan: Plan, chunks_of: Sequence[Sequence[Chunk]]) -> None:
+        """A trainer states its order. chunks_of: the chunks here of each parameter."""
+        order: list[Use] = [(use.kind, chunk) for use in plan.uses for chunk in chunks_of[use.parameter]]
+        if order:
+            self._stated = True
+            self._set_order(order)
+
+    def forget(self, session_id: str) -> None:
+        """A trainer is gone."""
+        self._followers.pop(session_id, None)
+
+    def used(self, session_id: str, kind: Kind, chunk: Chunk, step: int) -> bool:
+        """A trainer pulls a chunk, or its gradient comes. Whether an iteration began, so that times changed."""
+        follower = self._followers.setdefault(session_id, _Follower())
+        began = step > follower.step
+        if began:
+            if not self._stated and follower.seen and follower.seen != self._order:
+                self._set_order(follower.seen)
+            follower.step, follower.place, follower.seen = step, 0, []
+        if len(follower.seen) < _MAX_RECORDED:
+            follower.seen.append((kind, chunk))
+        places = self._places.get((kind, chunk), ())
+        found = bisect_left(places, follower.place)
+        if found < len(places):
+            follower.place = places[found] + 1
+        self._step, self._place = min((f.step, f.place) for f in list(self._followers.values()))
+        return began
+
+    def norm(self, step: int, chunk: Chunk | None) -> None:
+        """The norm of a chunk is being computed; None when all of them are."""
+        self._has_norms = True
+        self._normed = (step, len(self._chunks) if chunk is None else self._index[chunk])
+
+    # ------------------------------------------------------------ what is to come
+
+    def upcoming(self, session_id: str, max_bytes: int) -> Iterator[Use]:
+        """What a trainer uses next in this iteration, up to so many bytes."""
+        follower = self._followers.get(session_id)
+        if follower is None:
+            return
+        for place in range(follower.place, len(self._order)):
+            kind, chunk = self._order[place]
+            max_bytes -= chunk.num_bytes()
+            if max_bytes < 0:
+                return
+            yield kind, chunk
+
+    def _weight(self, chunk: Chunk) -> float:
+        # Where there are copies, they are what is pulled.
+        pull = NEVER if chunk.copies else self._next("pull", chunk)
+        return min(pull, self._update(chunk))
+
+    def _copy(self, chunk: Chunk) -> float:
+        pull = self._next("pull", chunk)
+        # An update makes it anew.
+        return pull if pull < self._update(chunk) else NEVER
+
+    def _gradient(self, chunk: Chunk) -> float:
+        step = chunk.version
+        update = self._update(chunk)
+        if self._has_norms and (step, self._index[chunk]) >= self._normed:
+            update = step * STEP + NORM + self._index[chunk]
+        return min(self._next("gradient", chunk), update)
+
+    def _update(self, chunk: Chunk) -> float:
+        return chunk.version * STEP + UPDATE + self._index[chunk]
+
+    def _next(self, kind: Kind, chunk: Chunk) -> float:
+        """The next pull of a chunk, or its next gradient."""
+        places = self._places.get((kind, chunk))
+        if not places:
+            # Nobody has used it so far: it may not be needed at all.
+            return (self._step + 1) * STEP + NORM
+        if chunk.version <= self._step:
+            found = bisect_left(places, self._place)
+            if found < len(places):
+                return self._step * STEP + places[found]
+        return max(self._step + 1, chunk.version) * STEP + places[0]
+
+    def _set_order(self, order: Sequence[Use]) -> None:
+        places: dict[Use, list[int]] = {}
+        for place, use in enumerate(order):
+            places.setdefault(use, []).append(place)
+        self._order, self._places = list(order), places

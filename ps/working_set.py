@@ -1,0 +1,90 @@
+"""What of memory an update of chunks takes, all at once."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from ps.chunk import Chunk
+from ps.contributions import Contributions, average_bytes, gradient_parts
+from ps.optimizer import ChunkOptimizer
+from ps.shard import Shard
+from ps.store import StateArray
+from ps.tier import SMALL_BYTES, Part
+
+_SCRATCH_TENSORS = 3
+"""What an optimizer that is not fused allocates at most, in tensors of a chunk's size."""
+
+
+@dataclass
+class WorkingSet:
+    """The parts of an update: those that it reads, those that it fills, and bytes that it allocates besides.
+
+    wide: accumulators that it scales and that are too narrow for that, by session and chunk.
+    """
+
+    read: list[Part] = field(default_factory=list)
+    fresh: list[Part] = field(default_factory=list)
+    scratch_bytes: int = 0
+    wide: list[tuple[Contributions, Chunk, Part]] = field(default_factory=list)
+
+
+def of_update(
+    chunks: Iterable[Chunk], optimizer: ChunkOptimizer, by_rank: Sequence[Contributions], scaled: Iterable[int]
+) -> WorkingSet:
+    """Of chunks that have gradients. scaled: parameters whose gradients are scaled."""
+    found = WorkingSet()
+    for chunk in chunks:
+        found.read.append(chunk.weight)
+        found.read += (part for part in chunk.state.values() if part.filled)
+        new = optimizer.new_state(chunk)
+        found.fresh += new
+        # What torch allocates itself, before it is moved to where it belongs.
+        found.scratch_bytes += sum(part.size for part in new if part.spillable)
+        found.fresh += chunk.copies.values()
+        found.read += gradient_parts(chunk, by_rank)
+        if len(by_rank) == 1 and chunk.parameter in scaled and (wide := by_rank[0].new_wide(chunk)) is not None:
+            found.fresh.append(wide)
+            found.wide.append((by_rank[0], chunk, wide))
+        found.scratch_bytes += average_bytes(chunk, by_rank)
+        if not optimizer.fused:
+            found.scratch_bytes += _SCRATCH_TENSORS * chunk.num_bytes()
+    return found
+
+
+def to_read_ahead(chunks: Iterable[Chunk], by_rank: Sequence[Contributions]) -> list[Part]:
+    """What an update of these chunks will read."""
+    found = []
+    for chunk in chunks:
+        if gradients := gradient_parts(chunk, by_rank):
+            found += [*gradients, chunk.weight, *chunk.state.values()]
+    return found
+
+
+def check_budget(shard: Shard, world_size: int, arrays: Mapping[str, StateArray], fused: bool = True) -> None:
+    """Reserves what of a shard never leaves memory. Raises OutOfBudget, naming the chunk that is too large."""
+    tier = shard.tier
+    if not tier.limited:
+        return
+    small = 0
+    per_element = [array for array in arrays.values() if array.per_element]
+    largest: tuple[int, Chunk | None] = (0, None)
+    for chunk in shard:
+        trained = shard.manifest[chunk.parameter].has_state
+        state = sum(chunk.num_bytes(array.dtype) for array in per_element) if trained else 0
+        gradients = world_size * chunk.num_bytes(chunk.accumulation_dtype) if trained else 0
+        if trained:
+            small += 8 * (len(arrays) - len(per_element))
+        if chunk.num_bytes() < SMALL_BYTES:
+            small += 2 * chunk.num_bytes() + state + gradients
+            continue
+        # The first step has the state twice: torch's own, and where it stays.
+        needed = 2 * chunk.num_bytes() + 2 * state + gradients
+        if trained:
+            needed += chunk.num_bytes() if world_size > 1 else 0
+            needed += 0 if fused else _SCRATCH_TENSORS * chunk.num_bytes()
+        if needed > largest[0]:
+            largest = needed, chunk
+    tier.reserve(shard, small, f"what is too small to spill of job's {len(shard)} chunks")
+    size, widest = largest
+    if widest is not None:
+        tier.check_arrives(widest.num_bytes(widest.accumulation_dtype), widest.label)
+        tier.check_fits(size, f"an update of {widest.label}" if arrays else widest.label)

@@ -1,0 +1,83 @@
+"""Servers whose memory holds a tenth of their shard train as those do that hold all of it, bit for bit."""
+
+from pathlib import Path
+
+import grpc
+import pytest
+import torch
+
+from protos import zero_ps_pb2 as pb
+from protos import zero_ps_pb2_grpc
+from ps import LocalCluster
+from tests.ranks import run_ranks
+from tests.trainer.runs import clipped_adamw
+
+LAYERS, WIDTH = 40, 256
+WEIGHT_BYTES = LAYERS * WIDTH * WIDTH * 4
+
+BEYOND_BYTES = 600 << 20
+"""What a server's process takes besides its memory limit: Python, torch, gRPC. It does not depend on the model."""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_tenth_of_the_shard_in_memory_gives_the_same_bits_of_everything(tmp_path: Path) -> None:
+    """Two trainers, AdamW, clipping, micro-batches; a commit, a restart from it, and on."""
+    memory = WEIGHT_BYTES * (3 + 2) // 10
+    with LocalCluster(1, data_dir=tmp_path / "all") as cluster:
+        expected = train(cluster, [2, 4])
+        assert not list((tmp_path / "all").glob("*/deep/working/*")), "a server without a limit needs no disk"
+    with LocalCluster(1, data_dir=tmp_path / "tenth", memory=memory) as cluster:
+        before = train(cluster, [2])
+        cluster.restart(0)
+        assert not list((tmp_path / "tenth").glob("*/deep/working/*"))
+        after = train(cluster, [4])
+        status = status_of(cluster)
+    assert status.spilled_bytes > WEIGHT_BYTES * 2
+    assert 0 < status.peak_resident_bytes <= status.memory_limit_bytes == memory
+    assert status.peak_rss_bytes < memory + BEYOND_BYTES
+    for all_of_it, first, second in zip(expected, before, after, strict=True):
+        assert (first["started_at"], second["started_at"]) == (0, 2)
+        assert first["losses"] + second["losses"] == all_of_it["losses"]
+        assert all(torch.equal(second["params"][name], value) for name, value in all_of_it["params"].items())
+    for step in ("00000002", "00000004"):
+        assert chunk_files(tmp_path / "tenth", step) == chunk_files(tmp_path / "all", step)
+
+
+def test_a_limited_server_answers_in_the_dtype_of_computation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    runs = []
+    for memory in (None, "3MiB"):
+        with LocalCluster(1, memory=memory) as cluster:
+            runs.append(clipped_adamw(cluster.addresses, "deep", 16, WIDTH, [3], "bfloat16"))
+    assert runs[0]["losses"] == runs[1]["losses"]
+    assert all(torch.equal(runs[0]["params"][name], value) for name, value in runs[1]["params"].items())
+
+
+def train(cluster: LocalCluster, commits: list[int]) -> list[dict]:
+    return run_ranks(
+        "trainer.runs:clipped_adamw",
+        cluster.addresses,
+        2,
+        timeout=200,
+        job="deep",
+        layers=LAYERS,
+        width=WIDTH,
+        commits=commits,
+    )
+
+
+def status_of(cluster: LocalCluster) -> pb.StatusResponse:
+    with grpc.insecure_channel(cluster.addresses[0]) as channel:
+        return zero_ps_pb2_grpc.ParameterServerStub(channel).Status(pb.StatusRequest(), timeout=10)
+
+
+def chunk_files(data_dir: Path, step: str) -> dict[str, bytes]:
+    """The bytes of every chunk file of a commit."""
+    folder = data_dir / "shard-0" / "deep" / "generations" / step
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.suffix != ".json"
+    }
