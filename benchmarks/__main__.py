@@ -5,7 +5,7 @@ import sys
 
 from benchmarks import report
 
-MODULES = ("coordinator", "hooks", "memory")
+MODULES = ("coordinator", "hooks", "memory", "storage")
 
 
 def _all(quick: bool) -> list[report.Row]:
