@@ -180,16 +180,16 @@ class Coordinator:
             # Asked for at another version than this: a step came in between.
             if state.request is not None and state.request.version != version:
                 self._await(state.request)
+        for state in states:
+            # What a module waits for goes first, whoever asked for it, and does not make way for the rest of it.
+            if state.request is not None:
+                self._requests.hurry(state.request)
         missing = list(dict.fromkeys(s for s in states if s.version != version and s.request is None))
         if missing:
             self._make_room(missing, states, who)
             for state in missing:
                 self.residency.allocate(state)
             self._submit(missing, version, urgent=True)
-        for state in states:
-            # What a module waits for goes first, whoever asked for it.
-            if state.request is not None:
-                self._requests.hurry(state.request)
         if self.forecast.running:
             self._look_ahead()
         for state in states:
