@@ -340,7 +340,14 @@ class Coordinator:
             if self._is_needed_soon(state):
                 self.residency.rank(state)
             else:
+                self._ask_again(state)
                 self.residency.free(state)
+
+    def _ask_again(self, state: OffloadedParameter) -> None:
+        """The parameter goes before a use that counted as served by what is here."""
+        place = self.forecast.next_use(state)
+        if place is not None and place < self._frontier:
+            self._frontier = place
 
     def _is_needed_soon(self, state: OffloadedParameter) -> bool:
         if state.version != self._job.step:
