@@ -364,6 +364,12 @@ class Coordinator:
         if not state.active and not state.aliased:
             self.residency.free(state)
 
+    def disown(self, state: OffloadedParameter) -> None:
+        """The parameter is about to get other memory, whoever holds views of what it has."""
+        self.discard(state)
+        self._lingering.pop(state, None)
+        self.residency.disown(state)
+
     def discard_all(self) -> None:
         """Frees whatever is in nobody's use, also what would stay."""
         for state in self.residency.states():

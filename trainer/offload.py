@@ -263,7 +263,7 @@ class OffloadedModel:
         return True
 
     def converting(self, state: OffloadedParameter) -> None:
-        self.coordinator.discard(state)
+        self.coordinator.disown(state)
         saved.unregister(state)
 
     def converted(self, state: OffloadedParameter) -> None:

@@ -65,10 +65,15 @@ class Residency:
     def free(self, state: OffloadedParameter) -> None:
         """Takes a parameter's memory back."""
         if state in self._resident:
+            self.disown(state)
+            state.free()
+
+    def disown(self, state: OffloadedParameter) -> None:
+        """The parameter's memory is not the model's any more: whoever holds views of it has it alone."""
+        if state in self._resident:
             del self._resident[state]
             self.live_bytes -= cost(state)
             self.live_elements -= state.numel
-            state.free()
             if self.timeline is not None:
                 self.timeline.released(state, self.live_bytes)
 
