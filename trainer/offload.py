@@ -20,10 +20,10 @@ from trainer.manifest import persistent_buffers
 from trainer.memory import MemoryPool, empty_of
 from trainer.opening import open_job
 from trainer.parameter import NOT_HERE, OffloadedParameter, materialise, offloaded
-from trainer.residency import cost
+from trainer.residency import cost, cost_of
 from trainer.saved import SavedParameter
 from trainer.transfer import Destination, RemoteParameter
-from trainer.units import choose_units
+from trainer.units import choose_units, runs
 from trainer.writing import write_values
 
 _ATTRIBUTE = "_zero_ps_model"
@@ -110,13 +110,14 @@ class OffloadedModel:
         self.optimizer: object = None
         # Whatever may be wrong with the settings comes out before anything has changed.
         units = list(choose_units(model, config))
+        room = self._check_units(units, device)
         remotes = open_job(model, job)
         self.states: list[OffloadedParameter] = []
         for name, param in model.named_parameters():
             self._take(name, param, remotes[name], device)
         self._buffers = [(_materialised(model, name, device), remotes[name]) for name, _ in persistent_buffers(model)]
         self._move_buffers(model, device)
-        self._choose_persistent(self._check_units(units))
+        self._choose_persistent(room)
         self._read_buffers()
         self.units = [Unit(module, name, self, leaf) for name, module, leaf in units]
         # DistributedDataParallel reads parameters below Python, where nothing gathers them; asked to ignore
@@ -145,12 +146,9 @@ class OffloadedModel:
         state = offloaded(param) or OffloadedParameter(param, name, self)
         state.name, state.owner, state.remote = name, self, remote
         state.detach_class()
-        dtype, target = param.dtype, device or param.device
-        if self.config.param_dtype is not None and dtype.is_floating_point:
-            dtype = self.config.param_dtype
         # A storage of its own, in C order: the one it has may be shared with tensors that stay.
         param.grad = None
-        state.convert(empty_of(state.shape, dtype, target))
+        state.convert(empty_of(state.shape, self._dtype(param), device or param.device))
         state.guard()
         self.states.append(state)
 
@@ -162,18 +160,26 @@ class OffloadedModel:
                 if buffer is not None and not buffer.is_meta:
                     module._buffers[name] = buffer.to(device)
 
-    def _check_units(self, units: Sequence[tuple[str, nn.Module, bool]]) -> tuple[int, int]:
+    def _check_units(
+        self, units: Sequence[tuple[str, nn.Module, bool]], device: torch.device | None
+    ) -> tuple[int, int]:
         """Bytes and elements of what remains of the limits beside the largest unit.
 
         Raises OutOfBudget for a unit that alone exceeds one of them.
         """
         left_bytes, left_elements = sys.maxsize, self.config.max_live_parameters
         for name, module, leaf in units:
-            params = module.parameters() if leaf else module.parameters(recurse=False)
-            states = [state for param in params if (state := offloaded(param)) is not None]
-            left = self.coordinator.residency.room_beside(states, name)
+            # What never runs, as a list of parameters, is never gathered at once.
+            params = [p for p in module.parameters(recurse=leaf) if runs(module) and not is_lazy(p)]
+            nbytes = sum(cost_of(p.numel() * self._dtype(p).itemsize, _device(p, device)) for p in params)
+            left = self.coordinator.residency.room_beside(nbytes, sum(p.numel() for p in params), name)
             left_bytes, left_elements = min(left_bytes, left[0]), min(left_elements, left[1])
         return left_bytes, left_elements
+
+    def _dtype(self, param: nn.Parameter) -> torch.dtype:
+        """In which a parameter is gathered."""
+        wanted = self.config.param_dtype
+        return wanted if wanted is not None and param.dtype.is_floating_point else param.dtype
 
     def _choose_persistent(self, room: tuple[int, int]) -> None:
         """room: bytes and elements that the limits leave beside the largest unit; half of it may stay taken."""
@@ -333,6 +339,12 @@ class OffloadedModel:
         with torch.no_grad():
             for (target, _), data in zip(targets, landed, strict=True):
                 target.copy_(data.view(target.dtype).reshape(target.shape))
+
+
+def _device(param: nn.Parameter, wanted: torch.device | None) -> torch.device:
+    """On which a parameter will be gathered."""
+    device = wanted or param.device
+    return torch.device("cpu") if device.type == "meta" else device
 
 
 def _check_overlaps(model: nn.Module) -> None:

@@ -11,6 +11,9 @@ import math
 import sys
 from collections.abc import Container, Iterator, Sequence
 
+import torch
+
+from protos.sizes import format_bytes
 from trainer.config import OffloadConfig
 from trainer.errors import OutOfBudget
 from trainer.forecast import Forecast
@@ -100,28 +103,30 @@ class Residency:
     def has_room(self, nbytes: int, elements: int) -> bool:
         return self.live_bytes + nbytes <= self.max_bytes and self.live_elements + elements <= self.max_elements
 
-    def room_beside(self, states: Sequence[OffloadedParameter], module: str) -> tuple[int, int]:
-        """Bytes and elements that the limits leave when a module's parameters are whole.
+    def room_beside(self, nbytes: int, elements: int, module: str) -> tuple[int, int]:
+        """Bytes and elements that the limits leave when a module's parameters, of that many, are whole.
 
         Raises OutOfBudget if they cannot be, even alone.
         """
-        nbytes, elements = sum(map(cost, states)), sum(state.numel for state in states)
         if nbytes > self.max_bytes or elements > self.max_elements:
-            raise self.out_of_budget(states, module)
+            raise self._error(module, nbytes, elements, 0, 0)
         left = sys.maxsize if self.max_bytes == math.inf else int(self.max_bytes) - nbytes
         return left, int(self.max_elements) - elements
 
     def out_of_budget(self, states: Sequence[OffloadedParameter], module: str) -> OutOfBudget:
         """The error of a module whose parameters cannot be whole at once beside what is in use."""
         nbytes, elements = sum(map(cost, states)), sum(state.numel for state in states)
-        others = self.live_bytes - sum(cost(state) for state in states if state.resident_bytes)
-        if others + nbytes > self.max_bytes:
-            needs, limit = f"{_mib(nbytes)} of parameters", f"max_live_bytes is {_mib(self.max_bytes)}"
-            beside = f" beside {_mib(others)} that are in use" if others else ""
+        here = [state for state in states if state.resident_bytes]
+        other_bytes = self.live_bytes - sum(map(cost, here))
+        return self._error(module, nbytes, elements, other_bytes, self.live_elements - sum(s.numel for s in here))
+
+    def _error(self, module: str, nbytes: int, elements: int, other_bytes: int, other_elements: int) -> OutOfBudget:
+        if other_bytes + nbytes > self.max_bytes:
+            needs, limit = f"{_size(nbytes)} of parameters", f"max_live_bytes is {_size(self.max_bytes)}"
+            beside = f" beside {_size(other_bytes)} that are in use" if other_bytes else ""
         else:
-            others = self.live_elements - sum(state.numel for state in states if state.resident_bytes)
             needs, limit = f"{elements} elements of parameters", f"max_live_parameters is {self.max_elements}"
-            beside = f" beside {others} that are in use" if others else ""
+            beside = f" beside {other_elements} that are in use" if other_elements else ""
         return OutOfBudget(
             f"module {module!r} needs {needs} at once{beside}, and OffloadConfig.{limit}; raise the limit, or split "
             "the module into smaller ones"
@@ -163,11 +168,17 @@ class Residency:
             yield entry
 
 
-def _mib(nbytes: float) -> str:
-    return f"{nbytes / (1 << 20):.1f} MiB"
+def _size(nbytes: float) -> str:
+    """Exact, since a limit may be missed by a few bytes."""
+    return f"{nbytes} bytes ({format_bytes(nbytes)})" if nbytes >= 1024 else f"{nbytes} bytes"
 
 
 def cost(state: OffloadedParameter) -> int:
-    """Bytes that a gathered parameter counts as: on another device than the CPU those that pass through
-    pinned memory, too."""
-    return state.nbytes if state.device.type == "cpu" else 2 * state.nbytes
+    """Bytes that a gathered parameter counts as."""
+    return cost_of(state.nbytes, state.device)
+
+
+def cost_of(nbytes: int, device: torch.device) -> int:
+    """Bytes that so many count as on a device: on another than the CPU those that pass through pinned
+    memory, too."""
+    return nbytes if device.type == "cpu" else 2 * nbytes

@@ -25,7 +25,7 @@ def choose_units(model: nn.Module, config: OffloadConfig) -> Iterator[tuple[str,
         if module in seen:
             return
         seen.add(module)
-        leaf = _runs(module) and (
+        leaf = runs(module) and (
             name in names or isinstance(module, classes) or is_compiled(module) or _small(module, config)
         )
         yield name, module, leaf
@@ -38,7 +38,7 @@ def choose_units(model: nn.Module, config: OffloadConfig) -> Iterator[tuple[str,
     yield from walk("", model)
 
 
-def _runs(module: nn.Module) -> bool:
+def runs(module: nn.Module) -> bool:
     """Whether the module has a forward; containers as `ModuleList` are never called and cannot gather."""
     return type(module).forward is not nn.Module.forward or "forward" in module.__dict__
 

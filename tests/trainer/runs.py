@@ -16,9 +16,12 @@ def adamw(params: Any) -> trainer.RemoteOptimizer:
 
 
 def gathered_values(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Copies of all parameters."""
-    with trainer.gathered(model.parameters()):
-        return {name: param.detach().clone() for name, param in model.named_parameters()}
+    """Copies of all parameters, taken one by one: together they may be more than may be here."""
+    values = {}
+    for name, param in model.named_parameters():
+        with trainer.gathered(param):
+            values[name] = param.detach().clone()
+    return values
 
 
 def steps_of_adamw(
