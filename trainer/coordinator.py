@@ -90,18 +90,30 @@ class Coordinator:
             self._plan.iteration_ended()
 
     def begin_backward(self) -> None:
+        """A backward begins that is not part of another one."""
+        if self._in_forward:
+            # As one that computes forces from energies: a part of that forward.
+            return
         self._end_broken_pass()
         self.forecast.begin_backward()
         self._begin_pass()
 
     def end_backward(self) -> None:
         """Releases all that backward gathered, also what graphs that are kept will need once more."""
-        self.forecast.end_backward(complete=True)
-        self.sweep()
+        if not self._in_forward:
+            self.forecast.end_backward(complete=True)
+        self._let_go()
 
     def sweep(self) -> None:
         """Between passes nothing stays but what an expected backward needs, whatever an exception left."""
         self._end_broken_pass()
+        self._let_go()
+
+    @property
+    def _in_forward(self) -> bool:
+        return self.forecast.running and not self.forecast.in_backward
+
+    def _let_go(self) -> None:
         self._unsaved.clear()
         self._keep_what_comes()
         self.release(self.lingering)

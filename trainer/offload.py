@@ -1,5 +1,6 @@
 """`trainer.offload` and `trainer.remove`: from a plain model to one whose parameters live on servers, and back."""
 
+import functools
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -27,7 +28,6 @@ from trainer.units import choose_units, runs
 from trainer.writing import write_values
 
 _ATTRIBUTE = "_zero_ps_model"
-_NO_BACKWARD = -1
 _DDP_IGNORES = "_ddp_params_and_buffers_to_ignore"
 
 
@@ -105,7 +105,8 @@ class OffloadedModel:
         self.memory = MemoryPool()
         self.coordinator = Coordinator(job, config, self.memory)
         self.gradients = Gradients(job, config, self.memory, self.coordinator)
-        self._backward = _NO_BACKWARD
+        # Autograd's tasks that gather parameters of this model, each within the one before it.
+        self._backwards: list[int] = []
         # The optimizer that was made last; see `RemoteOptimizer.step`.
         self.optimizer: object = None
         # Whatever may be wrong with the settings comes out before anything has changed.
@@ -211,6 +212,7 @@ class OffloadedModel:
 
     def between_passes(self) -> None:
         """Releases what a pass left that did not come to its end."""
+        self._forget_backwards()
         end_abandoned(self)
         self.coordinator.sweep()
 
@@ -222,6 +224,7 @@ class OffloadedModel:
             # Computed once more, by activation checkpointing: a part of the backward.
             self._enter_backward()
         else:
+            self._forget_backwards()
             self.coordinator.begin_forward(unit.module, unit.name, inputs)
 
     def after_root_forward(self, *, complete: bool) -> None:
@@ -301,14 +304,24 @@ class OffloadedModel:
     def _enter_backward(self) -> None:
         # By the task's number: a backward that failed never called back.
         task = torch._C._current_graph_task_id()
-        if task != self._backward:
-            self._backward = task
-            torch.autograd.Variable._execution_engine.queue_callback(self._end_of_backward)
+        if task in self._backwards:
+            return
+        torch.autograd.Variable._execution_engine.queue_callback(functools.partial(self._end_of_backward, task))
+        if not self._backwards:
             self.coordinator.begin_backward()
+        # Else a part of the one that it is in, as what reentrant checkpoints compute.
+        self._backwards.append(task)
 
-    def _end_of_backward(self) -> None:
-        self._backward = _NO_BACKWARD
-        self.coordinator.end_backward()
+    def _end_of_backward(self, task: int) -> None:
+        if task in self._backwards:
+            del self._backwards[self._backwards.index(task) :]
+        if not self._backwards:
+            self.coordinator.end_backward()
+
+    def _forget_backwards(self) -> None:
+        """Of backwards that failed."""
+        if not in_backward():
+            self._backwards.clear()
 
     def unsaved(self, state: OffloadedParameter) -> None:
         self.coordinator.unsaved(state)
