@@ -73,14 +73,14 @@ class Coordinator:
         if self._lingering:
             self.fetch(self.lingering, name)
         grad = torch.is_grad_enabled()
-        key: Hashable = (name, module.training, grad, torch.is_inference_mode_enabled(), signature(inputs))
-        self.forecast.begin_forward(key, lambda: module_order(module), grad)
+        kind: Hashable = (name, module.training, grad, torch.is_inference_mode_enabled())
+        self.forecast.begin_forward(kind, signature(inputs), lambda: module_order(module), grad)
         self._begin_pass()
         self._keep_what_comes()
 
     def end_forward(self, *, complete: bool) -> None:
         """The outermost forward ended. What a backward will need soon may stay."""
-        if not self.forecast.running or self.forecast.in_backward:
+        if not self._in_forward:
             return
         self.forecast.end_forward(complete=complete)
         self._begin_pass()

@@ -30,6 +30,9 @@ class Forecast:
         # Forwards whose backward has not come, oldest first, and how many backwards came since the last.
         self._forwards: list[_Path] = []
         self._backwards = 0
+        # The path taken last by each kind of forward: what inputs of other shapes will lead to, too.
+        self._kind: Hashable = None
+        self._latest: dict[Hashable, _Path] = {}
         # What forwards used and their backwards did not, as the bias of a linear layer.
         self._forward_only: OrderedDict[OffloadedParameter, None] = OrderedDict()
         # The backward that will follow the running forward, or the forward that ended last.
@@ -41,9 +44,18 @@ class Forecast:
 
     # ------------------------------------------------------------ passes
 
-    def begin_forward(self, key: Hashable, guess: Callable[[], Sequence[OffloadedParameter]], backward: bool) -> None:
-        """An outermost forward begins. backward: whether one may follow it."""
-        self.trace.begin(("forward", key), guess)
+    def begin_forward(
+        self, kind: Hashable, inputs: Hashable, guess: Callable[[], Sequence[OffloadedParameter]], backward: bool
+    ) -> None:
+        """An outermost forward begins.
+
+        kind, inputs: what forwards are told apart by; of two with one kind the second may do as the first.
+        guess: what a kind may use that was never seen.
+        backward: whether one may follow it.
+        """
+        latest = self._latest.get(kind)
+        self.trace.begin(("forward", kind, inputs), guess if latest is None else lambda: latest.items)
+        self._kind = kind
         self._in_backward = False
         self._expects_backward = backward
         self._prepare()
@@ -52,7 +64,7 @@ class Forecast:
         """A backward begins, of the forwards since the last one."""
         key = ("backward", tuple(path.number for path in self._forwards), self._backwards)
         self._backwards += 1
-        self.trace.begin(key, lambda: self._reversed(self._forwards))
+        self.trace.begin(key, self._guess_backward)
         self._in_backward = True
         self._expects_backward = False
         self._prepare()
@@ -71,6 +83,11 @@ class Forecast:
     def end_forward(self, *, complete: bool) -> None:
         """The outermost forward ended."""
         path = self.trace.end(complete=complete)
+        if path is not None:
+            latest = self._latest.get(self._kind)
+            if path.backward is None and latest is not None and latest.backward is not None:
+                path.backward = Path(latest.backward.items, seen=False)
+            self._latest[self._kind] = path
         if path is None or not self._expects_backward:
             self._beyond = None
             return
@@ -127,6 +144,11 @@ class Forecast:
             self._beyond = path.backward
             if not self._beyond.lead:
                 self._pace.prepare(self._beyond)
+
+    def _guess_backward(self) -> Sequence[OffloadedParameter]:
+        if len(self._forwards) == 1 and self._forwards[0].backward is not None:
+            return self._forwards[0].backward.items
+        return self._reversed(self._forwards)
 
     def _guessed_backward(self, forward: _Path) -> _Path:
         return Path(self._reversed([forward]), seen=False)
