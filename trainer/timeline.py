@@ -92,8 +92,10 @@ class Timeline:
             raise ConfigError(f"cannot write the timeline to {path}: {error.strerror}; choose another path") from None
 
     def _encoded(self, pid: int) -> Iterable[dict[str, Any]]:
-        for kind, name, at, seconds, what in list(self._events):
-            event: dict[str, Any] = {"name": name, "pid": pid, "ts": round((at - self.began_at) * 1e6, 3)}
+        ended_at = time.perf_counter()
+        open_spans = _Spans()
+        for kind, name, at, seconds, what in sorted(self._events, key=lambda event: event[2]):
+            event: dict[str, Any] = {"name": name, "pid": pid, "ts": self._microseconds(at)}
             if kind in _THREADS:
                 yield {**event, "ph": "X", "cat": kind, "tid": _THREADS[kind], "dur": round(seconds * 1e6, 3)}
             elif kind == "used":
@@ -101,12 +103,49 @@ class Timeline:
             elif kind == "live":
                 yield {**event, "ph": "C", "args": {"bytes": what}}
             else:
-                category, _, edge = kind.partition(" ")
-                yield {
-                    **event,
-                    "ph": "b" if edge == "begins" else "e",
-                    "cat": category,
-                    "id": f"{category} {name}",
-                    "tid": 0,
-                    **({"args": what} if what else {}),
-                }
+                yield from open_spans.edge(kind, event, what)
+        yield from open_spans.close({"pid": pid, "ts": self._microseconds(ended_at)})
+
+    def _microseconds(self, at: float) -> float:
+        return max(0.0, round((at - self.began_at) * 1e6, 3))
+
+
+class _Spans:
+    """Makes pairs of what begins and ends.
+
+    A request that was taken back does not arrive, what is refreshed is resident all along, and some things
+    have begun before the timeline did or end after it.
+    """
+
+    def __init__(self) -> None:
+        self._open: dict[tuple[str, str], None] = {}
+
+    def edge(self, kind: str, event: dict[str, Any], what: Any) -> Iterable[dict[str, Any]]:
+        category, _, edge = kind.partition(" ")
+        span = category, event["name"]
+        if edge == "begins":
+            if span not in self._open:
+                self._open[span] = None
+                yield {**event, **_ends(span, "b"), **({"args": what} if what else {})}
+            return
+        taken_back = category == "resident" and ("request", event["name"]) in self._open
+        if taken_back:
+            yield from self._end(("request", event["name"]), event)
+        if span not in self._open and not taken_back:
+            yield {**event, **_ends(span, "b"), "ts": 0.0}
+            self._open[span] = None
+        if span in self._open:
+            yield from self._end(span, event)
+
+    def close(self, event: dict[str, Any]) -> Iterable[dict[str, Any]]:
+        for span in list(self._open):
+            yield from self._end(span, {"name": span[1], **event})
+
+    def _end(self, span: tuple[str, str], event: dict[str, Any]) -> Iterable[dict[str, Any]]:
+        del self._open[span]
+        yield {**event, **_ends(span, "e")}
+
+
+def _ends(span: tuple[str, str], phase: str) -> dict[str, Any]:
+    category, name = span
+    return {"ph": phase, "cat": category, "id": f"{category} {name}", "tid": 0}
