@@ -1,7 +1,6 @@
 """`trainer.offload` and `trainer.remove`: from a plain model to one whose parameters live on servers, and back."""
 
 import functools
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -111,14 +110,14 @@ class OffloadedModel:
         self.optimizer: object = None
         # Whatever may be wrong with the settings comes out before anything has changed.
         units = list(choose_units(model, config))
-        room = self._check_units(units, device)
+        largest = self._check_units(units, device)
         remotes = open_job(model, job)
         self.states: list[OffloadedParameter] = []
         for name, param in model.named_parameters():
             self._take(name, param, remotes[name], device)
         self._buffers = [(_materialised(model, name, device), remotes[name]) for name, _ in persistent_buffers(model)]
         self._move_buffers(model, device)
-        self._choose_persistent(room)
+        self._choose_persistent(*largest)
         self._read_buffers()
         self.units = [Unit(module, name, self, leaf) for name, module, leaf in units]
         # DistributedDataParallel reads parameters below Python, where nothing gathers them; asked to ignore
@@ -164,29 +163,32 @@ class OffloadedModel:
     def _check_units(
         self, units: Sequence[tuple[str, nn.Module, bool]], device: torch.device | None
     ) -> tuple[int, int]:
-        """Bytes and elements of what remains of the limits beside the largest unit.
+        """The most bytes and the most elements that a unit has.
 
-        Raises OutOfBudget for a unit that alone exceeds one of them.
+        Raises OutOfBudget for a unit that alone exceeds a limit.
         """
-        left_bytes, left_elements = sys.maxsize, self.config.max_live_parameters
+        most_bytes, most_elements = 0, 0
         for name, module, leaf in units:
             # What never runs, as a list of parameters, is never gathered at once.
             params = [p for p in module.parameters(recurse=leaf) if runs(module) and not is_lazy(p)]
             nbytes = sum(cost_of(p.numel() * self._dtype(p).itemsize, _device(p, device)) for p in params)
-            left = self.coordinator.residency.room_beside(nbytes, sum(p.numel() for p in params), name)
-            left_bytes, left_elements = min(left_bytes, left[0]), min(left_elements, left[1])
-        return left_bytes, left_elements
+            elements = sum(p.numel() for p in params)
+            self.coordinator.residency.check(nbytes, elements, name)
+            most_bytes, most_elements = max(most_bytes, nbytes), max(most_elements, elements)
+        return most_bytes, most_elements
 
     def _dtype(self, param: nn.Parameter) -> torch.dtype:
         """In which a parameter is gathered."""
         wanted = self.config.param_dtype
         return wanted if wanted is not None and param.dtype.is_floating_point else param.dtype
 
-    def _choose_persistent(self, room: tuple[int, int]) -> None:
-        """room: bytes and elements that the limits leave beside the largest unit; half of it may stay taken."""
+    def _choose_persistent(self, unit_bytes: int, unit_elements: int) -> None:
+        """Half of what the limits leave beside the largest unit, and the next one that is asked for ahead of
+        it, may stay taken."""
         self.persistent: list[OffloadedParameter] = []
-        left_bytes = room[0] // 2
-        left = min(self.config.model_persistence_threshold, room[1] // 2)
+        residency = self.coordinator.residency
+        left_bytes = (residency.max_bytes - 2 * unit_bytes) / 2
+        left = min(self.config.model_persistence_threshold, (residency.max_elements - 2 * unit_elements) / 2)
         for state in sorted(self.states, key=lambda state: state.numel):
             if state.numel >= self.config.param_persistence_threshold or state.numel > left or cost(state) > left_bytes:
                 break

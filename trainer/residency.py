@@ -8,7 +8,6 @@ limit holds at every instant without a lock.
 import heapq
 import itertools
 import math
-import sys
 from collections.abc import Container, Iterator, Sequence
 
 import torch
@@ -103,15 +102,10 @@ class Residency:
     def has_room(self, nbytes: int, elements: int) -> bool:
         return self.live_bytes + nbytes <= self.max_bytes and self.live_elements + elements <= self.max_elements
 
-    def room_beside(self, nbytes: int, elements: int, module: str) -> tuple[int, int]:
-        """Bytes and elements that the limits leave when a module's parameters, of that many, are whole.
-
-        Raises OutOfBudget if they cannot be, even alone.
-        """
+    def check(self, nbytes: int, elements: int, module: str) -> None:
+        """Raises OutOfBudget if a module's parameters, of that many, cannot be whole, even alone."""
         if nbytes > self.max_bytes or elements > self.max_elements:
             raise self._error(module, nbytes, elements, 0, 0)
-        left = sys.maxsize if self.max_bytes == math.inf else int(self.max_bytes) - nbytes
-        return left, int(self.max_elements) - elements
 
     def out_of_budget(self, states: Sequence[OffloadedParameter], module: str) -> OutOfBudget:
         """The error of a module whose parameters cannot be whole at once beside what is in use."""
