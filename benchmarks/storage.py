@@ -55,7 +55,7 @@ def run(quick: bool) -> list[report.Row]:
         rows += cold_pull(Path(folder), 2 * matrices)
         rows += optimizer_pass(Path(folder), matrices)
         rows += policies(Path(folder), matrices // 2)
-        rows += peak_memory(Path(folder), (32, 64) if quick else (128, 512))
+        rows += peak_memory(Path(folder), (48, 96) if quick else (128, 512))
     return rows
 
 
@@ -74,7 +74,7 @@ def cold_pull(folder: Path, matrices: int) -> list[report.Row]:
         commits.restore(job, session, CommitKey(0, "a"), "b", Patience.of(PATIENCE))
         files = sorted((folder / "pull/bench/generations/00000000/weight").glob("*/c/*/*"))
         raw, pull = [], []
-        for _ in range(3):
+        for _ in range(5):
             drop_caches(files)
             raw.append(timed(lambda: raw_io(files, [])))
             drop_caches(files)

@@ -84,12 +84,12 @@ class Schedule:
             if not self._stated and follower.seen and follower.seen != self._order:
                 self._set_order(follower.seen)
             follower.step, follower.place, follower.seen = step, 0, []
+        if places := self._places.get((kind, chunk)):
+            found = bisect_left(places, follower.place)
+            # Where it does not come again, the order begins anew: evaluations go forward often at one step.
+            follower.place = places[found if found < len(places) else 0] + 1
         if len(follower.seen) < _MAX_RECORDED:
             follower.seen.append((kind, chunk))
-        places = self._places.get((kind, chunk), ())
-        found = bisect_left(places, follower.place)
-        if found < len(places):
-            follower.place = places[found] + 1
         self._step, self._place = min((f.step, f.place) for f in list(self._followers.values()))
         return began
 

@@ -239,7 +239,7 @@ class Room:
         size = 0
         for part, rank in self._ahead.items():
             size += part.size
-            if size > min(self.limit_bytes // 4, AHEAD_BYTES) or not self._evict(size, rank):
+            if size > min(self.limit_bytes // 2, AHEAD_BYTES) or not self._evict(size, rank):
                 return
 
     @staticmethod
