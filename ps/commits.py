@@ -1,11 +1,16 @@
 """Commit and restore: a job's state in memory becomes a generation, or the other way round."""
 
 import logging
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
 
 from ps.errors import Conflict, InvalidRequest, SessionEnded, VersionGone
-from ps.generations import check_metadata
+from ps.generations import Snapshot, check_metadata
 from ps.job import Job
 from ps.monitor import Patience
+from ps.running_commits import RunningCommit
 from ps.sessions import Session
 from ps.shard import Shard
 from ps.store import CommitKey, Written
@@ -25,7 +30,7 @@ def restore(job: Job, session: Session, key: CommitKey, restore_id: str, patienc
     session.check()
     if job.shard is not None:
         job.wait_at_rest(job.shard, session, patience)
-    with job.shard_lock:
+    with job.disk(patience), job.shard_lock:
         shard = job.shard
         if shard is not None and (shard.generation != key or shard.failure is not None):
             shard = None
@@ -81,39 +86,135 @@ def _load(job: Job, session: Session, key: CommitKey) -> Shard:
     return loaded
 
 
-def commit(
-    job: Job,
-    session: Session,
-    key: CommitKey,
-    metadata: str,
-    complete: CommitKey | None,
-    renew: bool,
-    patience: Patience,
-) -> Written:
-    """Writes a generation once every chunk is at the key's step. What is committed already stays as it is.
+@dataclass(frozen=True)
+class CommitRequest:
+    """What a trainer wants committed.
 
     metadata: a JSON object or "". complete: a commit that every server is known to have. renew: write under
     this key also what is committed already.
     """
-    step = key.step
-    if complete is not None and complete.step > step:
-        raise InvalidRequest(f"a commit of step {step} cannot follow one of step {complete.step}")
-    check_metadata(metadata)
+
+    key: CommitKey
+    metadata: str
+    complete: CommitKey | None = None
+    renew: bool = False
+
+    def check(self) -> None:
+        """Raises InvalidRequest."""
+        if self.complete is not None and self.complete.step > self.key.step:
+            raise InvalidRequest(f"a commit of step {self.key.step} cannot follow one of step {self.complete.step}")
+        check_metadata(self.metadata)
+
+
+def commit(job: Job, session: Session, request: CommitRequest, patience: Patience) -> Written:
+    """Writes a generation once every chunk is at the key's step. What is committed already stays as it is.
+
+    Returns when it is written, as does the repetition of a request that was announced.
+    """
+    request.check()
+    job.steps.of(session)
+    announced = job.commits.announced(request.key)
+    if announced is not None:
+        return job.commits.outcome(announced, patience)
+    running = job.commits.add(request.key, patience)
+    return _run(job, session, job.open_shard, request, running, patience)
+
+
+def announce(job: Job, session: Session, request: CommitRequest, patience: Patience) -> None:
+    """Returns once it is certain that no update passes the commit's step before the commit has begun.
+
+    The commit goes on in the background; `commit` with the same request waits for it.
+    """
+    request.check()
     job.steps.of(session)
     shard = job.open_shard()
-    job.monitor.wait_until(
-        lambda: shard.updated_step >= step,
-        patience,
-        lambda: f"step {step} of job {job.name!r}, which is at {shard.updated_step}",
-        lambda: job.check_version(session, shard, step),
-    )
-    with job.shard_lock:
-        session.check()
-        if job.shard is not shard:
-            raise Conflict(f"job {job.name!r} was restored meanwhile")
-        if any(chunk.version != step for chunk in shard) or shard.updated_step != step:
-            raise VersionGone(f"step {step} of job {job.name!r} is gone: updates to step {shard.step} have begun")
-        shard.check_weights()
-        written = job.generations.write(shard, key, metadata, complete, renew)
+    if shard.step > request.key.step:
+        raise _gone(job, shard, request.key.step)
+    running = job.commits.add(request.key, patience, announced=True)
+    # Nobody is there to go away: the trainer may wait for the outcome with another call, or never.
+    alone = Patience.of(patience.seconds)
+
+    def run() -> None:
+        # Whoever waits is told.
+        with suppress(Exception):
+            _run(job, session, lambda: shard, request, running, alone)
+
+    threading.Thread(target=run, name=f"commit-{job.name}", daemon=True).start()
+
+
+def _run(
+    job: Job,
+    session: Session,
+    find_shard: Callable[[], Shard],
+    request: CommitRequest,
+    running: RunningCommit,
+    patience: Patience,
+) -> Written:
+    try:
+        written = _write(job, session, find_shard(), request, running, patience)
+    except Exception as error:
+        _log.warning("job %r: the commit of %s failed: %s", job.name, request.key, error)
+        job.commits.finish(running, error)
+        raise
+    except BaseException:
+        job.commits.finish(running, Conflict("the server is stopping"))
+        raise
+    job.commits.finish(running, written)
     _log.info("job %r: committed %s, %d bytes", job.name, written.key, written.bytes_written)
     return written
+
+
+def _write(
+    job: Job, session: Session, shard: Shard, request: CommitRequest, running: RunningCommit, patience: Patience
+) -> Written:
+    key = request.key
+    job.monitor.wait_until(
+        lambda: shard.updated_step >= key.step,
+        patience,
+        lambda: f"step {key.step} of job {job.name!r}, which is at {shard.updated_step}",
+        lambda: job.check_version(session, shard, key.step),
+    )
+    with job.disk(patience):
+        committed = job.generations.committed()
+        snapshot = None
+        with job.shard_lock:
+            session.check()
+            if job.shard is not shard:
+                raise Conflict(f"job {job.name!r} was restored meanwhile")
+            if any(chunk.version != key.step for chunk in shard) or shard.updated_step != key.step:
+                raise _gone(job, shard, key.step)
+            shard.check_weights()
+            present = shard.generation
+            if present is None or present not in committed or (request.renew and present != key):
+                if key in committed:
+                    raise Conflict(f"{key} of job {job.name!r} exists already; choose a new id for each commit")
+                snapshot = job.generations.snapshot(shard, key, request.metadata, job.monitor)
+                # True once it is written, unless the shard changes until then.
+                shard.flush, shard.generation = snapshot.flush, key
+            job.commits.begin(running)
+        bytes_written = 0
+        if snapshot is not None:
+            bytes_written = _flush(job, shard, snapshot)
+            shard.metadata = request.metadata
+        now = key if snapshot is not None or present is None else present
+        if request.complete is not None:
+            job.generations.prune(request.complete, now)
+        return Written(now, job.generations.path(now), bytes_written)
+
+
+def _flush(job: Job, shard: Shard, snapshot: Snapshot) -> int:
+    """Writes a generation while the shard changes; the bytes that were written."""
+    try:
+        return job.generations.write(snapshot).bytes_written
+    except BaseException:
+        with job.shard_lock:
+            if shard.generation == snapshot.header.key:
+                shard.generation = None
+        raise
+    finally:
+        shard.flush = None
+        snapshot.flush.end()
+
+
+def _gone(job: Job, shard: Shard, step: int) -> VersionGone:
+    return VersionGone(f"step {step} of job {job.name!r} is gone: updates to step {shard.step} have begun")

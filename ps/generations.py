@@ -1,13 +1,18 @@
 """From memory to generations on disk and back."""
 
+import itertools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 
 from protos import MAX_METADATA_BYTES
 from ps.chunk import Chunk
-from ps.errors import Conflict, InvalidRequest, NotFound, StorageFailed
+from ps.errors import InvalidRequest, NotFound, StorageFailed
+from ps.flush import Flush
 from ps.home import IN_MEMORY
+from ps.monitor import Monitor
 from ps.optimizer import ChunkOptimizer
 from ps.shard import Shard
 from ps.store import (
@@ -25,6 +30,9 @@ from ps.store import (
     read_tensor,
 )
 from ps.tier import Area, Part, Tier
+
+SAVED_TOGETHER = 16
+"""Chunks that are written to their spill files at a time before a commit links to these."""
 
 
 class Generations:
@@ -88,46 +96,51 @@ class Generations:
             else:
                 part.hold(read_tensor(file, part.shape, part.dtype))
 
-    def write(self, shard: Shard, key: CommitKey, metadata: str, complete: CommitKey | None, renew: bool) -> Written:
-        """Writes a shard that is at rest at the key's step, and deletes what is superseded.
+    def snapshot(self, shard: Shard, key: CommitKey, metadata: str, monitor: Monitor) -> "Snapshot":
+        """What a generation of this shard, which is at rest, is made of. Its chunks follow one by one."""
+        spec = shard.stated_optimizer()
+        arrays = dict(self._arrays(shard, spec))
+        header = GenerationHeader(self._job, key, self._index, self._num_shards, shard.manifest, spec, metadata)
+        return Snapshot(shard, header, arrays, Flush(f"the commit of step {key.step}", key.step, shard, monitor))
 
-        Unless `renew`, a generation that the shard has not changed since it was written or read is left as
-        it is, with its own commit_id and metadata.
+    def write(self, snapshot: "Snapshot") -> Written:
+        """Writes a generation. Each chunk may change as soon as the snapshot's flush no longer holds it.
 
-        complete: a commit that every server is known to have.
-        Raises StorageFailed, and Conflict for a key that other content has already.
+        Deletes generations of later steps then: they are of a run that was abandoned. Raises StorageFailed;
+        earlier generations are as they were then.
         """
-        with _storage_errors():
-            committed = self._store.committed()
-            present = shard.generation
-            if present in committed and present is not None and (present == key or not renew):
-                self._prune(complete, present)
-                return self._write(shard, present, shard.metadata)
-            if key in committed:
-                raise Conflict(f"{key} of job {self._job!r} exists already; choose a new id for each commit")
-            written = self._write(shard, key, metadata)
-            shard.generation, shard.metadata = key, metadata
-            # What is newer is of a run that was abandoned for an earlier step. Only now, since until the
-            # new generation was there a crash could still have gone back to it.
-            self._store.discard_after(key.step)
-            self._prune(complete, key)
-            return written
+        shard, flush, key = snapshot.shard, snapshot.flush, snapshot.header.key
+        stamps: dict[Chunk, int] = {}
 
-    def _prune(self, complete: CommitKey | None, current: CommitKey) -> None:
-        if complete is not None:
+        def values() -> Iterator[ChunkState[ChunkValue]]:
+            for chunks in _together(flush, SAVED_TOGETHER if shard.tier.limited else 1):
+                # Where memory is limited everything goes to its spill file, and the generation links to that:
+                # what is there already is not even read.
+                unknown = [chunk for chunk in chunks if not _has_files(chunk)]
+                shard.tier.save(part for chunk in unknown for part in (chunk.weight, *chunk.state.values()))
+                for chunk in chunks:
+                    stamps[chunk] = chunk.weight.stamp
+                    yield _values(chunk, snapshot.arrays)
+
+        def taken(state: ChunkState[ChunkValue]) -> None:
+            flush.taken(shard.find(state.parameter, state.chunk))
+
+        with _storage_errors():
+            written = self._store.write(snapshot.header, values(), snapshot.arrays, taken)
+            self._note_files(shard, key, stamps)
+            # Only now, since until the new generation was there a crash could still have gone back to them.
+            self._store.discard_after(key.step)
+        return written
+
+    def prune(self, complete: CommitKey, current: CommitKey) -> None:
+        """Deletes what a commit that every server has makes superfluous, but not `current`. Raises StorageFailed."""
+        with _storage_errors():
             self._store.prune(keep=self._keep, complete=complete, current=current)
 
-    def _write(self, shard: Shard, key: CommitKey, metadata: str) -> Written:
-        spec = shard.stated_optimizer()
-        arrays = self._arrays(shard, spec)
-        header = GenerationHeader(self._job, key, self._index, self._num_shards, shard.manifest, spec, metadata)
-        # Where memory is limited everything goes to its spill file, and the generation links to that: what
-        # is there already is not even read.
-        changed = [chunk for chunk in shard if chunk.stored is None]
-        shard.tier.save(part for chunk in changed for part in (chunk.weight, *chunk.state.values()))
-        written = self._store.write(header, (_values(chunk, arrays) for chunk in shard), arrays)
-        self._note_files(shard, key)
-        return written
+    def path(self, key: CommitKey) -> Path:
+        """Where a generation is. Raises NotFound and StorageFailed."""
+        with _storage_errors():
+            return self._store.path(key)
 
     @staticmethod
     def _arrays(shard: Shard, spec: OptimizerSpec | None) -> Mapping[str, StateArray]:
@@ -135,10 +148,38 @@ class Generations:
             return shard.optimizer.arrays
         return {} if spec is None else ChunkOptimizer(spec, len(shard.manifest)).arrays
 
-    def _note_files(self, shard: Shard, key: CommitKey) -> None:
-        """Has the next generation link to this one's files, for chunks that do not change until then."""
+    def _note_files(self, shard: Shard, key: CommitKey, stamps: Mapping[Chunk, int] | None = None) -> None:
+        """Has the next generation link to this one's files, for chunks that do not change until then.
+
+        stamps: of each chunk's weight when it was written; None where none has changed since.
+        """
         for files in self._store.chunk_files(key.step, key.commit_id):
-            shard.find(files.parameter, files.chunk).stored = files
+            chunk = shard.find(files.parameter, files.chunk)
+            with chunk.lock:
+                if stamps is None or chunk.weight.stamp == stamps[chunk]:
+                    chunk.stored = files
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A shard as it was at an instant, of which chunks that change since then are written first."""
+
+    shard: Shard
+    header: GenerationHeader
+    arrays: Mapping[str, StateArray]
+    flush: Flush
+
+
+def _together(chunks: Iterable[Chunk], most: int) -> Iterator[list[Chunk]]:
+    remaining = iter(chunks)
+    while batch := list(itertools.islice(remaining, most)):
+        yield batch
+
+
+def _has_files(chunk: Chunk) -> bool:
+    """Whether files of an earlier generation have all of the chunk, and are still there."""
+    files = chunk.stored
+    return files is not None and all(file.path.exists() for file in (files.weight, *files.state.values()))
 
 
 def _values(chunk: Chunk, arrays: Mapping[str, StateArray]) -> ChunkState[ChunkValue]:

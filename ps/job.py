@@ -2,21 +2,24 @@
 
 import logging
 import threading
+import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 
 import torch
 
 from ps.barrier import Barriers
 from ps.chunk import Chunk
-from ps.errors import Conflict, JobFailed, SessionEnded
+from ps.errors import Conflict, JobFailed, SessionEnded, Timeout
 from ps.generations import Generations
 from ps.monitor import Monitor, Patience
 from ps.options import ServerOptions
 from ps.plan import Plan
+from ps.running_commits import RunningCommits
 from ps.schedule import Kind
 from ps.sessions import Session, Sessions
-from ps.shard import Shard
+from ps.shard import Shard, at_liberty
 from ps.staging import Staging
 from ps.steps import Steps, StepWish
 from ps.store import JobStore
@@ -36,14 +39,17 @@ class Job:
         self.working = store.working
         self.tier = tier
         self.monitor = Monitor()
-        # Held by whoever reads or changes weights and optimizer state as a whole: updates, commits,
-        # restores and writes of weights. Pulls do without; they lock one chunk.
+        # Held by who writes generations, or reads one.
+        self._disk_lock = threading.Lock()
+        # Held by whoever reads or changes weights and optimizer state as a whole: updates, the beginnings of
+        # commits, restores and writes of weights. Pulls do without; they lock one chunk.
         # Nobody waits for memory while holding the monitor; see `ps.tier.tier`.
         self.shard_lock = threading.RLock()
         self.shard: Shard | None = None
         self.sessions = Sessions(name, options.lease_seconds, self.monitor, self._leave)
         self.barriers = Barriers(self.sessions, self.monitor)
-        self.updater = Updater(name, self.shard_lock, self.monitor)
+        self.commits = RunningCommits(name, self.monitor)
+        self.updater = Updater(name, self.shard_lock, self.monitor, self.commits)
         self.steps = Steps(name, self.sessions, self.monitor, self.updater)
         # By session: the order in which its trainer says that it uses parameters.
         self.plans: dict[str, Plan] = {}
@@ -107,17 +113,27 @@ class Job:
 
         The memory of a state that is of no use is given back then.
         """
-        if not self.shard_lock.acquire(blocking=False):
-            # A trainer that is gone by now began to load or to write, and that is still going on.
-            return False
-        try:
+        with ExitStack() as locks:
+            for lock in (self._disk_lock, self.shard_lock):
+                if not lock.acquire(blocking=False):
+                    # A trainer that is gone by now began to load or to write, and that is still going on.
+                    return False
+                locks.callback(lock.release)
             with self.monitor:
                 if self.sessions.living() or self.usable_step >= 0:
                     return False
                 self.drop_shard()
                 return True
+
+    @contextmanager
+    def disk(self, patience: Patience) -> Iterator[None]:
+        """One at a time writes generations, or reads one into memory. Raises Timeout."""
+        if not self._disk_lock.acquire(timeout=max(0.0, patience.end - time.monotonic())):
+            raise Timeout(f"waited {patience.seconds:g} s for a commit or a restore of job {self.name!r} to end")
+        try:
+            yield
         finally:
-            self.shard_lock.release()
+            self._disk_lock.release()
 
     def close(self) -> None:
         self.updater.close()
@@ -162,7 +178,7 @@ class Job:
         self, session: Session, shard: Shard, step: int, values: Sequence[tuple[Chunk, Incoming]]
     ) -> None:
         """Replaces weights of chunks that are at `step`. Raises Conflict if one is not."""
-        with self.shard_lock:
+        with at_liberty(shard, [chunk for chunk, _ in values], self.shard_lock):
             with self.monitor:
                 session.check()
                 if self.shard is not shard:

@@ -39,7 +39,7 @@ class Monitor:
     A single condition is enough: those who wait number as many as trainers, not as many as chunks.
 
     Locks are taken in this order, and none is waited for while a later one is held: a session's
-    contributions, the job's `shard_lock`, this monitor, a chunk.
+    contributions, the job's disk lock, its `shard_lock`, this monitor, a chunk.
     """
 
     def __init__(self) -> None:

@@ -9,7 +9,7 @@ import grpc
 
 from protos import PROTOCOL_VERSION, zero_ps_pb2_grpc
 from protos import zero_ps_pb2 as pb
-from ps.commits import commit, restore
+from ps.commits import CommitRequest, announce, commit, restore
 from ps.errors import Conflict, ServerError
 from ps.job import Job
 from ps.jobs import Jobs
@@ -222,7 +222,11 @@ class ParameterServer(zero_ps_pb2_grpc.ParameterServerServicer):
         complete = None
         if request.HasField("complete"):
             complete = decode_key(request.complete.step, request.complete.commit_id)
-        written = commit(job, session, key, request.metadata, complete, request.renew, patience)
+        asked = CommitRequest(key, request.metadata, complete, request.renew)
+        if request.announce:
+            announce(job, session, asked, patience)
+            return pb.CommitResponse()
+        written = commit(job, session, asked, patience)
         return pb.CommitResponse(
             path=str(written.path), bytes_written=written.bytes_written, commit_id=written.key.commit_id
         )

@@ -1,17 +1,24 @@
 """A job's state on one server: the manifest, and the chunks of it that are placed here."""
 
+import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 from protos.layout import ChunkGrid, digest, place_all
 from ps.chunk import Chunk
 from ps.errors import Conflict, InvalidRequest
+from ps.flush import Flush
 from ps.home import IN_MEMORY, Home
+from ps.monitor import Patience
 from ps.optimizer import ChunkOptimizer
 from ps.schedule import Schedule
 from ps.store import CommitKey, OptimizerGroup, OptimizerSpec, StoredParameter
 from ps.tier import Area, Tier
+
+FLUSH_SECONDS = 3600.0
+"""How long an update waits for a disk that takes a chunk of a commit. A disk that is only slow is waited for."""
 
 
 class Shard:
@@ -22,7 +29,8 @@ class Shard:
     failure, failed_at: why a step failed, and when on the monotonic clock. The state is of no use then.
     spec: the optimizer as stated, or as a generation has it.
     metadata: what the trainer gave to the last commit.
-    generation: the commit whose generation memory is equal to, or None.
+    generation: the commit whose generation memory is equal to, or None. It may still be being written.
+    flush: of the commit that is being written, or None.
     restore_id: of the restore that the state stems from, or "".
     tier, area: what counts the bytes of chunks, and where those go that do not fit; area is None if all do.
     schedule: when chunks are used next; None where nothing ever leaves memory.
@@ -48,6 +56,7 @@ class Shard:
         self.optimizer: ChunkOptimizer | None = None
         self.metadata = ""
         self.generation: CommitKey | None = None
+        self.flush: Flush | None = None
         self.restore_id = ""
         self.tier = tier
         self.area = area
@@ -145,6 +154,22 @@ class Shard:
     @property
     def resident_bytes(self) -> int:
         return sum(chunk.resident_bytes for chunk in self)
+
+
+@contextmanager
+def at_liberty(shard: Shard, chunks: Sequence[Chunk], shard_lock: threading.RLock) -> Iterator[None]:
+    """Holds the lock, at an instant when no commit still has to write one of these chunks. Raises Timeout.
+
+    Nothing else in the block may take longer than a moment.
+    """
+    patience = Patience.of(FLUSH_SECONDS)
+    while True:
+        with shard_lock:
+            flush = shard.flush
+            if flush is None or not flush.holds(chunks):
+                yield
+                return
+        flush.settle(chunks, patience)
 
 
 def check_same_model(job: str, ours: Sequence[StoredParameter], theirs: Sequence[StoredParameter]) -> None:

@@ -15,9 +15,10 @@ import torch
 
 from ps.chunk import Chunk
 from ps.contributions import Contributions, average
-from ps.monitor import Monitor
+from ps.monitor import Monitor, Patience
 from ps.optimizer import ChunkOptimizer, Options
-from ps.shard import Shard
+from ps.running_commits import RunningCommits
+from ps.shard import FLUSH_SECONDS, Shard, at_liberty
 from ps.tier import Part, ReadAhead
 from ps.working_set import of_update, to_read_ahead
 
@@ -45,13 +46,15 @@ class AgreedStep:
 class Updater:
     """The thread that updates one job's chunks.
 
-    shard_lock: held while chunks change, so that who holds it (a commit) sees a shard at rest.
+    shard_lock: held while chunks change, so that who holds it (the beginning of a commit) sees a shard at rest.
+    commits: no chunk leaves a step of which a commit has still to begin.
     """
 
-    def __init__(self, job: str, shard_lock: threading.RLock, monitor: Monitor) -> None:
+    def __init__(self, job: str, shard_lock: threading.RLock, monitor: Monitor, commits: RunningCommits) -> None:
         self._job = job
         self._shard_lock = shard_lock
         self._monitor = monitor
+        self._commits = commits
         self._steps: queue.SimpleQueue[AgreedStep | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name=f"updater-{job}", daemon=True)
         self._thread.start()
@@ -81,11 +84,12 @@ class Updater:
     def _update(self, step: AgreedStep) -> None:
         shard, optimizer = step.shard, step.shard.optimizer
         assert optimizer is not None
+        self._commits.wait_before_update(step.step, Patience.of(FLUSH_SECONDS))
         batches = list(_batches(shard))
         ahead = ReadAhead(shard.tier, batches, lambda batch: to_read_ahead(batch, step.contributions))
         for number, batch in enumerate(batches):
             ahead.reached(number)
-            with self._shard_lock:
+            with at_liberty(shard, batch, self._shard_lock):
                 shard.generation = None
                 optimizer.set_options(step.options)
                 self._update_batch(step, optimizer, batch)

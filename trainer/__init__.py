@@ -9,6 +9,7 @@
 The model stays a plain `nn.Module` and the training loop stays the user's.
 """
 
+from trainer.commit import Commit
 from trainer.config import OffloadConfig
 from trainer.connect import connect
 from trainer.errors import (
@@ -31,6 +32,7 @@ from trainer.optimizer import RemoteOptimizer, clip_grad_norm_
 from trainer.report import Report, record_timeline, report
 
 __all__ = [
+    "Commit",
     "ConfigError",
     "ConnectError",
     "DeadlineExceeded",

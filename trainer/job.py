@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 from protos import MAX_METADATA_BYTES
 from protos import zero_ps_pb2 as pb
-from trainer.errors import ConfigError
+from trainer.commit import Commit
+from trainer.errors import ConfigError, ZeroPsError
 from trainer.links import Link
 from trainer.server import Server, call_all
 from trainer.session import Session
@@ -65,6 +66,7 @@ class Job:
         self.transfer = Transfer(self)
         self.model: OffloadedModel | None = None
         self._session = session
+        self._pending: Commit | None = None
         self._barriers = 0
         self._closed = False
 
@@ -82,7 +84,7 @@ class Job:
 
         return construct(self)
 
-    def commit(self, metadata: Mapping[str, object] | None = None) -> None:
+    def commit(self, metadata: Mapping[str, object] | None = None, *, wait: bool = True) -> Commit:
         """Makes the state at `step` durable: every server writes a generation. Returns when all have.
 
         Committed state survives the loss of every process. Rank 0 writes; on other ranks this returns
@@ -90,6 +92,11 @@ class Job:
 
         metadata: a JSON object to keep with the generation, as the position in the data; what
             `Job.metadata` gives back after a restart.
+        wait: False to return while the servers write. What is committed is the state as it is now; the next
+            passes and steps go on meanwhile. An error that nobody waits for is raised by the next commit,
+            optimizer step or `close`.
+
+        A commit waits for the one before. One that fails leaves the last one and the training as they are.
         """
         self.check()
         if self.read_only:
@@ -102,45 +109,66 @@ class Job:
                 f"metadata is {len(text.encode())} bytes of JSON, at most {MAX_METADATA_BYTES} can be kept"
             )
         if self.rank != 0:
-            return
+            return Commit(self.step)
+        self.settle_commit(block=True)
         self.transfer.flush()
         self.model.write_buffers()
-        commit_id = new_id()
-        # New metadata is a new commit, also of a state that was committed already.
-        restated = self.complete is not None and self.complete[0] == self.step and json.loads(text) != self.metadata
-        answered = self._commit(commit_id, text, renew=restated)
-        if len(answered) > 1:
-            # Some servers' part of the state was committed already, under another id. The generations of a
-            # commit have one id, so those servers write theirs again.
-            answered = self._commit(commit_id, text, renew=True)
-        self.complete = self.step, answered.pop()
-        self.metadata = json.loads(text)
+        request = self._commit_request(text)
+        if not wait:
+            # Once the state has gone on, servers that answer with an earlier commit cannot be asked again.
+            request.renew = request.announce = True
+            call_all(self.servers, "Commit", lambda server: _of_session(request, server), self.timeout + 5)
+            request.announce = False
+        self._pending = self._start_commit(request)
+        if wait:
+            self._pending.wait()
+        return self._pending
 
-    def _commit(self, commit_id: str, metadata: str, *, renew: bool) -> set[str]:
-        """Has every server commit; the ids under which they have the present state now."""
-        complete = None
+    def _commit_request(self, metadata: str) -> pb.CommitRequest:
+        request = pb.CommitRequest(step=self.step, metadata=metadata, commit_id=new_id(), timeout_seconds=self.timeout)
         if self.complete is not None:
-            complete = pb.CommittedGeneration(step=self.complete[0], commit_id=self.complete[1])
-        responses = call_all(
-            self.servers,
-            "Commit",
-            lambda server: pb.CommitRequest(
-                session_id=server.session_id,
-                step=self.step,
-                metadata=metadata,
-                complete=complete,
-                timeout_seconds=self.timeout,
-                commit_id=commit_id,
-                renew=renew,
-            ),
-            self.timeout + 5,
-        )
-        return {response.commit_id for response in responses}
+            request.complete.CopyFrom(pb.CommittedGeneration(step=self.complete[0], commit_id=self.complete[1]))
+            # New metadata is a new commit, also of a state that was committed already.
+            request.renew = self.complete[0] == self.step and json.loads(metadata) != self.metadata
+        return request
+
+    def _start_commit(self, request: pb.CommitRequest) -> Commit:
+        metadata: dict[str, object] = json.loads(request.metadata)
+
+        def finish(ids: set[str]) -> None:
+            if len(ids) > 1:
+                # Some servers' part of the state was committed already, under another id. The generations of
+                # a commit have one id, so those servers write theirs again.
+                request.renew = True
+                again = self._start_commit(request)
+                again.wait()
+                return
+            self.complete = request.step, ids.pop()
+            self.metadata = metadata
+
+        calls = [
+            (server, server.start("Commit", _of_session(request, server), self.timeout + 5)) for server in self.servers
+        ]
+        return Commit(request.step, calls, finish)
+
+    def settle_commit(self, *, block: bool) -> None:
+        """Raises why a commit failed if nobody has heard of it. block: wait for its end first."""
+        if self._pending is not None:
+            self._pending.settle(block=block)
 
     def close(self) -> None:
-        """Ends the session. The job stays on the servers; what was not committed stays in their memory."""
+        """Ends the session. The job stays on the servers; what was not committed stays in their memory.
+
+        Waits for a commit that is under way, and raises its error if nobody has heard of it.
+        """
         if self._closed:
             return
+        try:
+            self.settle_commit(block=True)
+        finally:
+            self._disconnect()
+
+    def _disconnect(self) -> None:
         self._closed = True
         for link in self.links:
             link.close()
@@ -154,7 +182,13 @@ class Job:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.close()
+        try:
+            self.close()
+        except ZeroPsError as failed:
+            if error is None:
+                raise
+            # What ended the block counts for more.
+            error.add_note(f"and a commit failed: {failed}")
 
     def check(self) -> None:
         """Raises when this trainer can no longer work on the job."""
@@ -185,6 +219,13 @@ class Job:
 def new_id() -> str:
     """An id for a commit or a restore, which no other one has."""
     return uuid.uuid4().hex
+
+
+def _of_session(request: pb.CommitRequest, server: Server) -> pb.CommitRequest:
+    own = pb.CommitRequest()
+    own.CopyFrom(request)
+    own.session_id = server.session_id
+    return own
 
 
 def _as_json(metadata: Mapping[str, object]) -> str:

@@ -47,12 +47,12 @@ def make_folders(path: Path) -> None:
 
 def sync_folders(root: Path, executor: Executor) -> None:
     """Syncs every folder below `root`, and `root`."""
-    _drain(executor.map(sync, [folder for folder, _, _ in os.walk(root)]))
+    drain(executor.map(sync, [folder for folder, _, _ in os.walk(root)]))
 
 
-def write_files(files: Iterable[tuple[Path, bytes]], executor: Executor) -> None:
-    """Writes and syncs many small files, several at once."""
-    _drain(executor.map(lambda file: write_file(*file), files))
+def write_files(files: Iterable[tuple[Path, bytes]], executor: Executor) -> Iterable[None]:
+    """Begins to write and sync many small files, several at once; `drain` the result to wait for the end."""
+    return executor.map(lambda file: write_file(*file), files)
 
 
 def temporary_name(folder: Path) -> Path:
@@ -72,6 +72,7 @@ def remove_folder(folder: Path) -> None:
     shutil.rmtree(doomed)
 
 
-def _drain(results: Iterable[None]) -> None:
+def drain(results: Iterable[None]) -> None:
+    """Waits for all of them. Raises the first error."""
     for _ in results:
         pass

@@ -67,6 +67,10 @@ class JobStore:
             if generations == self._generations():
                 return keys
 
+    def path(self, key: CommitKey) -> Path:
+        """Where a generation is. Raises GenerationMissingError."""
+        return self._find(key.step, key.commit_id).path
+
     def read_header(self, step: int, commit_id: str | None = None) -> GenerationHeader:
         """Of the step's newest generation unless `commit_id` says of which.
 
@@ -202,11 +206,13 @@ class JobStore:
         writers = ThreadPoolExecutor(WRITE_THREADS, thread_name_prefix="store-write")
         syncers = ThreadPoolExecutor(SYNC_THREADS, thread_name_prefix="store-sync")
         try:
-            durable.write_files(_metadata_files(folder, header, states), syncers)
+            # Beside the chunks, for which somebody may be waiting.
+            metadata = durable.write_files(_metadata_files(folder, header, states), syncers)
             writer = ChunkWriter(folder, header, states, writers, syncers)
             for chunk in chunks:
                 writer.add(chunk, partial(taken, chunk))
             written = writer.finish()
+            durable.drain(metadata)
             own = shard_file.encode(header.key.step, self._shard, self._num_shards, written)
             durable.write_file(folder / self._own_file, own)
             durable.sync_folders(folder, syncers)

@@ -323,7 +323,7 @@ def test_a_restore_of_a_trainer_that_was_replaced_meanwhile_changes_nothing(tmp_
         shard = job.open_shard()
         job.write_weights(old, shard, 0, [(chunk, Incoming(torch.zeros(3), None)) for chunk in shard])
         key = CommitKey(0, "a")
-        commits.commit(job, old, key, "", None, False, Patience.of(5))
+        commits.commit(job, old, commits.CommitRequest(key, ""), Patience.of(5))
         job.write_weights(old, shard, 0, [(chunk, Incoming(torch.ones(3), None)) for chunk in shard])
         read_into = job.generations.read_into
 

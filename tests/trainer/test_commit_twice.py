@@ -13,7 +13,6 @@ from ps import LocalCluster
 from tests.models import Residual, seeded, train
 from tests.ps.client import Client
 from tests.trainer.runs import gathered_values
-from trainer.job import new_id
 
 Values = dict[str, torch.Tensor]
 
@@ -84,7 +83,7 @@ def commit_on(cluster: LocalCluster, survivor: int, current: Run) -> None:
     cluster.kill(1 - survivor)
     with pytest.raises(trainer.ZeroPsError):
         # As `commit`, but for the weights and buffers that it would send to the dead server first.
-        current.job._commit(new_id(), "", renew=False)
+        current.job._start_commit(current.job._commit_request("{}")).wait()
 
 
 def test_an_abandoned_commit_does_not_mix_with_the_new_run_that_gets_to_its_step(cluster: LocalCluster) -> None:
