@@ -28,6 +28,15 @@ def check_parameter_name(name: str) -> None:
         )
 
 
+def check_tag(tag: str) -> None:
+    """Raises ValueError unless `tag` can name a commit that is to be kept; the rules are those of job names."""
+    if not isinstance(tag, str) or not _JOB.fullmatch(tag):
+        raise ValueError(
+            f"tag {tag!r} is not valid: use 1 to 100 letters, digits, '_', '-' and '.', beginning with a letter or a "
+            "digit"
+        )
+
+
 def check_id(text: str) -> None:
     """Raises ValueError unless `text` can be the id of a commit or a restore: 1 to 64 of [0-9a-f]."""
     if not _ID.fullmatch(text):

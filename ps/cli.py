@@ -30,6 +30,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     match options.command:
         case "serve":
             return _serve(options)
+        case "untag":
+            from ps.untag import untag
+
+            return untag(options.folders, options.job, options.tag)
         case "status":
             from ps.status import print_status
 
@@ -57,7 +61,13 @@ def _parser() -> argparse.ArgumentParser:
         help="which of how many shards, from 0 (default: 0/1)",
     )
     serve.add_argument(
-        "--data-dir", type=_folder, required=True, metavar="DIR", help="where committed generations are kept"
+        "--data-dir",
+        type=_folder,
+        required=True,
+        action="append",
+        metavar="DIR",
+        help="where committed generations are kept. Several, on several disks, share them by bytes; once a server "
+        "has them, it needs all of them, and more may be added",
     )
     serve.add_argument(
         "--listen",
@@ -102,6 +112,16 @@ def _parser() -> argparse.ArgumentParser:
     status.add_argument("addresses", nargs="+", metavar="ADDRESS", help="HOST:PORT, several also joined by commas")
     status.add_argument("--timeout", type=_seconds, default=5.0, metavar="SECONDS", help="(default: %(default)s)")
 
+    untag = commands.add_parser(
+        "untag",
+        help="let a tagged commit go",
+        description="Take a tag away that job.commit(tag=...) gave. What nothing else keeps is deleted with the job's "
+        "next commit. Servers may run meanwhile.",
+    )
+    untag.add_argument("tag", metavar="TAG")
+    untag.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="every --data-dir of every server")
+    untag.add_argument("--job", default="default", metavar="NAME", help="(default: %(default)s)")
+
     for tool in (verify, reshard, export, import_):
         tool.add_parser(commands)
 
@@ -123,7 +143,7 @@ def _serve(options: argparse.Namespace) -> int:
         serve(
             ServeOptions(
                 server,
-                options.data_dir,
+                tuple(options.data_dir),
                 options.listen,
                 options.memory,
                 options.threads,

@@ -23,7 +23,8 @@ class LocalCluster:
     They end with this object, and with this process however it ends.
 
     servers: how many; server i holds shard i.
-    data_dir: folder for their data, one subfolder each; None for a temporary one, removed at the end.
+    data_dir: folder for their data, one subfolder each; None for a temporary one, removed at the end. With several
+        folders, on several disks, each server has a subfolder of each.
     memory: each server's limit in bytes, or as in '8GiB'; what does not fit goes to data_dir. threads: of each
         server's updates.
     lease: seconds after which a silent trainer counts as lost. keep: committed generations to keep.
@@ -36,7 +37,7 @@ class LocalCluster:
         self,
         servers: int = 2,
         *,
-        data_dir: str | os.PathLike[str] | None = None,
+        data_dir: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
         memory: int | str | None = None,
         threads: int | None = None,
         lease: float | None = None,
@@ -49,7 +50,9 @@ class LocalCluster:
         if data_dir is None:
             self._temporary = tempfile.TemporaryDirectory(prefix="zero-ps-")
             data_dir = self._temporary.name
-        root = Path(data_dir).absolute()
+        if isinstance(data_dir, (str, os.PathLike)):
+            data_dir = [data_dir]
+        roots = [Path(root).absolute() for root in data_dir]
         self._options = [
             *_option("--memory", memory),
             *_option("--threads", threads),
@@ -58,7 +61,9 @@ class LocalCluster:
             *_option("--eviction", eviction),
         ]
         self._logs = tempfile.TemporaryDirectory(prefix="zero-ps-logs-")
-        self.data_dirs = [root / f"shard-{i}" for i in range(servers)]
+        # Of each server all its folders, and the first of them.
+        self.disks = [[root / f"shard-{i}" for root in roots] for i in range(servers)]
+        self.data_dirs = [folders[0] for folders in self.disks]
         self.addresses = ["127.0.0.1:0"] * servers
         self._processes: list[subprocess.Popen[bytes] | None] = [None] * servers
         try:
@@ -131,7 +136,7 @@ class LocalCluster:
                     [
                         *(sys.executable, "-m", "ps", "serve", "--stop-on-stdin-eof"),
                         *("--shard", f"{server}/{len(self.addresses)}"),
-                        *("--data-dir", str(self.data_dirs[server])),
+                        *(part for folder in self.disks[server] for part in ("--data-dir", str(folder))),
                         *("--listen", self.addresses[server]),
                         *self._options,
                     ],

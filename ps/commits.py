@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
+from protos.names import check_tag
 from ps.errors import Conflict, InvalidRequest, SessionEnded, VersionGone
 from ps.generations import Snapshot, check_metadata
 from ps.job import Job
@@ -91,19 +92,25 @@ class CommitRequest:
     """What a trainer wants committed.
 
     metadata: a JSON object or "". complete: a commit that every server is known to have. renew: write under
-    this key also what is committed already.
+    this key also what is committed already. tag: keeps the generation; "" for none.
     """
 
     key: CommitKey
     metadata: str
     complete: CommitKey | None = None
     renew: bool = False
+    tag: str = ""
 
     def check(self) -> None:
         """Raises InvalidRequest."""
         if self.complete is not None and self.complete.step > self.key.step:
             raise InvalidRequest(f"a commit of step {self.key.step} cannot follow one of step {self.complete.step}")
         check_metadata(self.metadata)
+        if self.tag:
+            try:
+                check_tag(self.tag)
+            except ValueError as error:
+                raise InvalidRequest(str(error)) from None
 
 
 def commit(job: Job, session: Session, request: CommitRequest, patience: Patience) -> Written:
@@ -194,18 +201,20 @@ def _write(
             job.commits.begin(running)
         bytes_written = 0
         if snapshot is not None:
-            bytes_written = _flush(job, shard, snapshot)
+            bytes_written = _flush(job, shard, snapshot, request.tag)
             shard.metadata = request.metadata
         now = key if snapshot is not None or present is None else present
+        if snapshot is None and request.tag:
+            job.generations.tag(now, request.tag)
         if request.complete is not None:
             job.generations.prune(request.complete, now)
         return Written(now, job.generations.path(now), bytes_written)
 
 
-def _flush(job: Job, shard: Shard, snapshot: Snapshot) -> int:
+def _flush(job: Job, shard: Shard, snapshot: Snapshot, tag: str) -> int:
     """Writes a generation while the shard changes; the bytes that were written."""
     try:
-        return job.generations.write(snapshot).bytes_written
+        return job.generations.write(snapshot, tag).bytes_written
     except BaseException:
         with job.shard_lock:
             if shard.generation == snapshot.header.key:

@@ -55,6 +55,16 @@ class Generations:
         with _storage_errors():
             return self._store.committed()
 
+    def tags(self) -> dict[str, int]:
+        """The step of each tagged commit. Raises StorageFailed."""
+        with _storage_errors():
+            return {tag: key.step for tag, key in self._store.tags().items()}
+
+    def tag(self, key: CommitKey, tag: str) -> None:
+        """Keeps a generation; see `JobStore.tags`. Raises NotFound and StorageFailed."""
+        with _storage_errors():
+            self._store.tag(key, tag)
+
     def empty_shard(self, key: CommitKey, tier: Tier = IN_MEMORY, area: Area | None = None) -> Shard:
         """The shard of a generation before its chunks are read. Raises NotFound and StorageFailed."""
         with _storage_errors():
@@ -103,7 +113,7 @@ class Generations:
         header = GenerationHeader(self._job, key, self._index, self._num_shards, shard.manifest, spec, metadata)
         return Snapshot(shard, header, arrays, Flush(f"the commit of step {key.step}", key.step, shard, monitor))
 
-    def write(self, snapshot: "Snapshot") -> Written:
+    def write(self, snapshot: "Snapshot", tag: str = "") -> Written:
         """Writes a generation. Each chunk may change as soon as the snapshot's flush no longer holds it.
 
         Deletes generations of later steps then: they are of a run that was abandoned. Raises StorageFailed;
@@ -126,7 +136,7 @@ class Generations:
             flush.taken(shard.find(state.parameter, state.chunk))
 
         with _storage_errors():
-            written = self._store.write(snapshot.header, values(), snapshot.arrays, taken)
+            written = self._store.write(snapshot.header, values(), snapshot.arrays, taken, tag=tag)
             self._note_files(shard, key, stamps)
             # Only now, since until the new generation was there a crash could still have gone back to them.
             self._store.discard_after(key.step)

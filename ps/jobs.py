@@ -84,11 +84,15 @@ class Jobs:
         with self._lock:
             return sorted(self._jobs.values(), key=lambda job: job.name)
 
-    def stored(self) -> list[tuple[str, list[int]]]:
-        """Name and committed steps of the jobs that are on disk only."""
+    def stored(self) -> list[tuple[str, list[int], dict[str, int]]]:
+        """Name, committed steps, and the step of each tag, of the jobs that are on disk only."""
         loaded = {job.name for job in self.loaded()}
         names = [name for name in self.data_dir.jobs() if name not in loaded]
-        return [(name, self.data_dir.job_store(name).committed_steps()) for name in names]
+        stores = [(name, self.data_dir.job_store(name)) for name in names]
+        return [
+            (name, store.committed_steps(), {tag: key.step for tag, key in store.tags().items()})
+            for name, store in stores
+        ]
 
     def close(self) -> None:
         self._closing.set()

@@ -56,7 +56,7 @@ class ServeOptions:
     """What `zero-ps serve` was told. memory_bytes: None for no limit. threads: None for half the cores."""
 
     server: ServerOptions
-    data_dir: Path
+    data_dirs: tuple[Path, ...]
     listen: str
     memory_bytes: int | None = None
     threads: int | None = None
@@ -124,7 +124,7 @@ def serve(options: ServeOptions) -> None:
 
     Raises StartError or a StoreError if it cannot start. On readiness one line of JSON goes to stdout.
     """
-    data_dir = DataDir(options.data_dir, options.server.index, options.server.num_shards)
+    data_dir = DataDir(options.data_dirs, options.server.index, options.server.num_shards)
     server = Server(options, data_dir)
     stopping = threading.Event()
 
@@ -141,7 +141,8 @@ def serve(options: ServeOptions) -> None:
     shard, num_shards = options.server.index, options.server.num_shards
     ready = {"listening": server.address, "shard": shard, "num_shards": num_shards, "pid": os.getpid()}
     print(json.dumps(ready), flush=True)
-    _log.info("shard %d/%d listens on %s, data in %s", shard, num_shards, server.address, data_dir.path)
+    places = ", ".join(map(str, data_dir.paths))
+    _log.info("shard %d/%d listens on %s, data in %s", shard, num_shards, server.address, places)
     threading.Thread(target=warm_up, name="warm-up", daemon=True).start()
     stopping.wait()
     _log.info("shard %d/%d stops", shard, num_shards)

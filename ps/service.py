@@ -82,7 +82,7 @@ class ParameterServer(zero_ps_pb2_grpc.ParameterServerServicer):
             protocol_version=PROTOCOL_VERSION,
             shard=self._jobs.options.index,
             num_shards=self._jobs.options.num_shards,
-            data_dir=str(self._jobs.data_dir.path),
+            data_dir=", ".join(map(str, self._jobs.data_dir.paths)),
             rss_bytes=rss,
             peak_rss_bytes=peak,
             bytes_pulled=self.traffic.bytes_pulled,
@@ -94,7 +94,10 @@ class ParameterServer(zero_ps_pb2_grpc.ParameterServerServicer):
             spill_bytes_read=self._jobs.tier.bytes_read,
             spill_bytes_written=self._jobs.tier.bytes_written,
             jobs=[_job_status(job) for job in self._jobs.loaded()]
-            + [pb.JobStatus(name=name, step=-1, committed_steps=steps) for name, steps in self._jobs.stored()],
+            + [
+                pb.JobStatus(name=name, step=-1, committed_steps=steps, tags=tags)
+                for name, steps, tags in self._jobs.stored()
+            ],
         )
 
     # ------------------------------------------------------------ sessions
@@ -222,7 +225,7 @@ class ParameterServer(zero_ps_pb2_grpc.ParameterServerServicer):
         complete = None
         if request.HasField("complete"):
             complete = decode_key(request.complete.step, request.complete.commit_id)
-        asked = CommitRequest(key, request.metadata, complete, request.renew)
+        asked = CommitRequest(key, request.metadata, complete, request.renew, request.tag)
         if request.announce:
             announce(job, session, asked, patience)
             return pb.CommitResponse()
@@ -248,6 +251,7 @@ def _job_status(job: Job) -> pb.JobStatus:
         chunks=0 if shard is None else len(shard),
         resident_bytes=job.resident_bytes,
         sessions=[_session_status(session) for session in job.living_sessions()],
+        tags=job.generations.tags(),
     )
 
 

@@ -60,7 +60,7 @@ def _rows(address: str, status: pb.StatusResponse) -> list[tuple[str, ...]]:
         (
             job.name,
             "-" if job.step < 0 else str(job.step),
-            ",".join(map(str, job.committed_steps)) or "-",
+            _committed(job),
             _trainers(job),
         )
         for job in status.jobs
@@ -74,6 +74,15 @@ def _chunks(status: pb.StatusResponse) -> str:
         return "in memory"
     resident, limit = format_bytes(status.resident_bytes), format_bytes(status.memory_limit_bytes)
     return f"{resident} of {limit}, {format_bytes(status.spilled_bytes)} on disk"
+
+
+def _committed(job: pb.JobStatus) -> str:
+    """Steps, each with its tags: '100(best),120'. A tagged one that was abandoned is listed, too."""
+    tags: dict[int, list[str]] = {}
+    for tag, step in sorted(job.tags.items()):
+        tags.setdefault(step, []).append(tag)
+    steps = sorted({*job.committed_steps, *tags})
+    return ",".join(f"{step}({' '.join(tags[step])})" if step in tags else str(step) for step in steps) or "-"
 
 
 def _trainers(job: pb.JobStatus) -> str:

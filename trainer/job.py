@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from protos import MAX_METADATA_BYTES
+from protos import MAX_METADATA_BYTES, names
 from protos import zero_ps_pb2 as pb
 from trainer.commit import Commit
 from trainer.errors import ConfigError, ZeroPsError
@@ -84,7 +84,9 @@ class Job:
 
         return construct(self)
 
-    def commit(self, metadata: Mapping[str, object] | None = None, *, wait: bool = True) -> Commit:
+    def commit(
+        self, metadata: Mapping[str, object] | None = None, *, wait: bool = True, tag: str | None = None
+    ) -> Commit:
         """Makes the state at `step` durable: every server writes a generation. Returns when all have.
 
         Committed state survives the loss of every process. Rank 0 writes; on other ranks this returns
@@ -95,6 +97,8 @@ class Job:
         wait: False to return while the servers write. What is committed is the state as it is now; the next
             passes and steps go on meanwhile. An error that nobody waits for is raised by the next commit,
             optimizer step or `close`.
+        tag: a name that keeps the generation beyond `--keep`, until a later commit gets the same tag or
+            `zero-ps untag` takes it away: letters, digits, '_', '-' and '.'.
 
         A commit waits for the one before. One that fails leaves the last one and the training as they are.
         """
@@ -108,12 +112,19 @@ class Job:
             raise ConfigError(
                 f"metadata is {len(text.encode())} bytes of JSON, at most {MAX_METADATA_BYTES} can be kept"
             )
+        if tag is not None:
+            try:
+                names.check_tag(tag)
+            except ValueError as error:
+                raise ConfigError(str(error)) from None
         if self.rank != 0:
             return Commit(self.step)
         self.settle_commit(block=True)
         self.transfer.flush()
         self.model.write_buffers()
         request = self._commit_request(text)
+        if tag is not None:
+            request.tag = tag
         if not wait:
             # Once the state has gone on, servers that answer with an earlier commit cannot be asked again.
             request.renew = request.announce = True

@@ -2,7 +2,7 @@
 
 import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +32,7 @@ V = TypeVar("V", bound=ChunkValue)
 class _Tensor:
     """One file to read, and the tensor that it becomes."""
 
+    folder: Path
     array: ChunkedArray
     chunk: int
     shape: tuple[int, ...]
@@ -52,23 +53,22 @@ class _Chunk:
 class ChunkReader:
     """Reads a shard's chunks in the order of the manifest.
 
+    parts: the generation's folders, one on each disk, and what is in each.
     remedy: what a message tells to do about a damaged file.
     """
 
     def __init__(
         self,
-        folder: Path,
+        parts: Mapping[Path, HeldChunks],
         header: GenerationHeader,
         states: dict[str, StateArray],
-        held: HeldChunks,
         remedy: str,
     ) -> None:
-        self._folder = folder
+        self._parts = parts
         self._header = header
         self._states = states
-        self._held = held
         self._remedy = remedy
-        self._files = ChunkFiles(folder)
+        self._files = {folder: ChunkFiles(folder) for folder in parts}
 
     def __iter__(self) -> Iterator[ChunkState[torch.Tensor]]:
         """Every chunk, its files' checksums compared where the generation has some.
@@ -77,11 +77,12 @@ class ChunkReader:
         about `BATCH_BYTES`. Raises DamagedError, naming the file.
         """
         running: deque[Future[list[ChunkState[torch.Tensor]]]] = deque()
-        executor = ThreadPoolExecutor(THREADS, thread_name_prefix="store-read")
+        threads = THREADS * len(self._parts)
+        executor = ThreadPoolExecutor(threads, thread_name_prefix="store-read")
         try:
             for batch in self._batches():
                 running.append(executor.submit(self._read, batch))
-                if len(running) > THREADS:
+                if len(running) > threads:
                     yield from running.popleft().result()
             while running:
                 yield from running.popleft().result()
@@ -93,8 +94,8 @@ class ChunkReader:
         for chunk in self._chunks():
             files = {
                 tensor.name: ChunkFile(
-                    self._folder / tensor.array.chunk_key(tensor.chunk),
-                    self._held.crc32c(tensor.array, tensor.chunk),
+                    tensor.folder / tensor.array.chunk_key(tensor.chunk),
+                    self._parts[tensor.folder].crc32c(tensor.array, tensor.chunk),
                     synced=True,
                 )
                 for tensor in chunk.tensors
@@ -111,17 +112,23 @@ class ChunkReader:
                     continue
                 shape = grid.chunk_shape(chunk)
                 weight = value_array(parameter)
-                if (weight, chunk) not in self._held:
+                folder = self._place(weight, chunk)
+                if folder is None:
+                    places = " and ".join(map(str, self._parts))
                     raise DamagedError(
-                        f"the generation in {self._folder} does not list chunk {chunk} of {weight.path}, "
+                        f"the generation in {places} does not list chunk {chunk} of {weight.path}, "
                         f"which shard {header.shard}/{header.num_shards} holds; {self._remedy}"
                     )
-                tensors = [_Tensor(weight, chunk, shape, None)]
+                tensors = [_Tensor(folder, weight, chunk, shape, None)]
                 for state in self._states.values() if parameter.has_state else ():
                     array = state_array(parameter, state)
-                    if (array, chunk) in self._held:
-                        tensors.append(_Tensor(array, chunk, shape if state.per_element else (), state.name))
+                    folder = self._place(array, chunk)
+                    if folder is not None:
+                        tensors.append(_Tensor(folder, array, chunk, shape if state.per_element else (), state.name))
                 yield _Chunk(index, chunk, tuple(tensors))
+
+    def _place(self, array: ChunkedArray, chunk: int) -> Path | None:
+        return next((folder for folder, held in self._parts.items() if (array, chunk) in held), None)
 
     def _batches(self) -> Iterator[list[_Chunk]]:
         batch: list[_Chunk] = []
@@ -141,22 +148,23 @@ class ChunkReader:
         tensors = [tensor for chunk in batch for tensor in chunk.tensors]
         for tensor in tensors:
             span = Span(tensor.array.chunk_key(tensor.chunk), tensor.array.chunk_bytes, offset, tensor.bytes)
-            self._check_size(span)
+            self._check_size(tensor.folder / span.key, span)
             spans.append(span)
             # Each tensor begins where any dtype may, and on a cache line.
             offset += -(-tensor.bytes // 64) * 64
         buffer = torch.empty(offset, dtype=torch.uint8)
-        try:
-            self._files.read(spans, buffer)
-        except OSError as error:
-            raise DamagedError(f"cannot read chunks in {self._folder}: {error}; {self._remedy}") from error
+        for folder, files in self._files.items():
+            here = [span for tensor, span in zip(tensors, spans, strict=True) if tensor.folder == folder]
+            try:
+                files.read(here, buffer)
+            except OSError as error:
+                raise DamagedError(f"cannot read chunks in {folder}: {error}; {self._remedy}") from error
         for tensor, span in zip(tensors, spans, strict=True):
             self._check_bytes(tensor, span, buffer[span.offset : span.offset + span.size])
         places = iter(spans)
         return [_assemble(chunk, places, buffer) for chunk in batch]
 
-    def _check_size(self, span: Span) -> None:
-        file = self._folder / span.key
+    def _check_size(self, file: Path, span: Span) -> None:
         try:
             size = file.stat().st_size
         except OSError as error:
@@ -165,11 +173,11 @@ class ChunkReader:
             raise DamagedError(f"{file} has {size} bytes, and the chunk has {span.file_bytes}; {self._remedy}")
 
     def _check_bytes(self, tensor: _Tensor, span: Span, read: torch.Tensor) -> None:
-        expected = self._held.crc32c(tensor.array, tensor.chunk)
+        expected = self._parts[tensor.folder].crc32c(tensor.array, tensor.chunk)
         # The padding of an array's last chunk is not read. It was zeros when it was written.
         if expected is not None and (found := crc32c(read, span.file_bytes)) != expected:
             raise DamagedError(
-                f"{self._folder / span.key} is damaged: its CRC32C is {found:08x}, and it was written with "
+                f"{tensor.folder / span.key} is damaged: its CRC32C is {found:08x}, and it was written with "
                 f"{expected:08x}; {self._remedy}"
             )
 

@@ -5,17 +5,18 @@ import os
 import shutil
 import threading
 from collections import defaultdict, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, Future
 from pathlib import Path
 
 import torch
 
-from protos.layout import ChunkGrid, place_all
+from protos.layout import ChunkGrid
 from ps.store import checksum, durable
 from ps.store.arrays import ChunkedArray, state_array, value_array
 from ps.store.chunk_files import ChunkFiles, Span
 from ps.store.contents import ChunkFile, ChunkState, ChunkValue, GenerationHeader, StateArray
+from ps.store.disks import spread
 from ps.store.errors import DamagedError
 
 IN_FLIGHT = 16
@@ -52,38 +53,44 @@ class _Handover:
             self._taken()
 
 
+class _Disk:
+    """What goes to one folder.
+
+    small: tensors that wait to be written in one call. written: by array and chunk, the CRC32C.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.files = ChunkFiles(folder)
+        self.small: list[tuple[ChunkedArray, int, torch.Tensor]] = []
+        self.small_bytes = 0
+        self.written: dict[ChunkedArray, dict[int, int]] = defaultdict(dict)
+
+
 class ChunkWriter:
-    """Writes the chunks of one generation into a folder. Used by one thread.
+    """Writes the chunks of one generation into folders, one on each disk. Used by one thread.
 
     writers, syncers: run what writes bytes, and what waits until they are on the disk.
     """
 
     def __init__(
         self,
-        folder: Path,
+        folders: Sequence[Path],
         header: GenerationHeader,
         states: Mapping[str, StateArray],
         writers: Executor,
         syncers: Executor,
     ) -> None:
-        self._folder = folder
         self._header = header
         self._states = states
         self._writers = writers
         self._syncers = syncers
-        self._files = ChunkFiles(folder)
-        placement = place_all([p.shape for p in header.manifest], header.num_shards)
-        self._missing = {
-            (parameter, chunk)
-            for parameter, shards in enumerate(placement)
-            for chunk, shard in enumerate(shards)
-            if shard == header.shard
-        }
+        self._disks = [_Disk(folder) for folder in folders]
+        shapes = [parameter.shape for parameter in header.manifest]
+        # The disk of each chunk that is still to come.
+        self._missing = dict(spread(shapes, header.shard, header.num_shards, len(folders)))
         self._writing: deque[Future[None]] = deque()
         self._syncing: deque[Future[None]] = deque()
-        self._small: list[tuple[ChunkedArray, int, torch.Tensor]] = []
-        self._small_bytes = 0
-        self._written: dict[ChunkedArray, dict[int, int]] = defaultdict(dict)
         self._bytes_lock = threading.Lock()
         self.bytes_written = 0
 
@@ -104,11 +111,11 @@ class ChunkWriter:
                 f"chunk {chunk.chunk} of parameter {chunk.parameter} is not one of shard "
                 f"{header.shard}/{header.num_shards}, or came twice"
             )
-        self._missing.remove(place)
+        disk = self._disks[self._missing.pop(place)]
         parameter = header.manifest[chunk.parameter]
         shape = ChunkGrid.of(parameter.shape).chunk_shape(chunk.chunk)
         handover = _Handover(taken)
-        self._add(value_array(parameter), chunk.chunk, chunk.weight, shape, handover)
+        self._add(disk, value_array(parameter), chunk.chunk, chunk.weight, shape, handover)
         if chunk.state and not parameter.has_state:
             raise ValueError(f"{parameter.name!r} is not trained and cannot have optimizer state")
         for name, value in chunk.state.items():
@@ -116,15 +123,16 @@ class ChunkWriter:
                 raise ValueError(f"state {name!r} of {parameter.name!r} is not among {sorted(self._states)}")
             state = self._states[name]
             array = state_array(parameter, state)
-            self._add(array, chunk.chunk, value, shape if state.per_element else (), handover)
+            self._add(disk, array, chunk.chunk, value, shape if state.per_element else (), handover)
         handover.done()
 
-    def finish(self) -> Mapping[ChunkedArray, Mapping[int, int]]:
-        """Waits until every chunk file is on the disk. Returns each array's chunks, with their files' CRC32C.
+    def finish(self) -> list[Mapping[ChunkedArray, Mapping[int, int]]]:
+        """Waits until every chunk file is on its disk. Returns each array's chunks, with their files' CRC32C, by disk.
 
         Raises ValueError if a chunk of this shard was not added, OSError if a write failed.
         """
-        self._flush_small()
+        for disk in self._disks:
+            self._flush_small(disk)
         for running in (self._writing, self._syncing):
             while running:
                 running.popleft().result()
@@ -134,14 +142,20 @@ class ChunkWriter:
                 f"{len(self._missing)} chunks of shard {self._header.shard}/{self._header.num_shards} were "
                 f"not given, the first is chunk {chunk} of {self._header.manifest[parameter].name!r}"
             )
-        return self._written
+        return [disk.written for disk in self._disks]
 
     def _add(
-        self, array: ChunkedArray, chunk: int, value: ChunkValue, shape: tuple[int, ...], handover: _Handover
+        self,
+        disk: _Disk,
+        array: ChunkedArray,
+        chunk: int,
+        value: ChunkValue,
+        shape: tuple[int, ...],
+        handover: _Handover,
     ) -> None:
         if isinstance(value, ChunkFile):
             handover.expect()
-            self._submit(self._link, array, chunk, value, handover)
+            self._submit(self._link, disk, array, chunk, value, handover)
             return
         if value.shape != shape or value.dtype != array.dtype:
             raise ValueError(
@@ -152,21 +166,21 @@ class ChunkWriter:
         whole = tensor.nbytes == array.chunk_bytes and tensor.is_contiguous() and tensor.device.type == "cpu"
         if whole and tensor.nbytes >= DIRECT_BYTES:
             handover.expect()
-            self._submit(self._write_direct, array, chunk, tensor, handover)
+            self._submit(self._write_direct, disk, array, chunk, tensor, handover)
             return
         # Zeroed, since the last chunk of an array is padded to the length of the others; and up to where the
         # next one can be viewed in any dtype.
         padded = torch.zeros(-(-array.chunk_bytes // 64) * 64, dtype=torch.uint8)
         padded[: tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
-        self._small.append((array, chunk, padded))
-        self._small_bytes += array.chunk_bytes
-        if self._small_bytes >= DIRECT_BYTES or len(self._small) >= TOGETHER:
-            self._flush_small()
+        disk.small.append((array, chunk, padded))
+        disk.small_bytes += array.chunk_bytes
+        if disk.small_bytes >= DIRECT_BYTES or len(disk.small) >= TOGETHER:
+            self._flush_small(disk)
 
-    def _flush_small(self) -> None:
-        if self._small:
-            self._submit(self._write_together, self._small)
-        self._small, self._small_bytes = [], 0
+    def _flush_small(self, disk: _Disk) -> None:
+        if disk.small:
+            self._submit(self._write_together, disk, disk.small)
+        disk.small, disk.small_bytes = [], 0
 
     def _submit(self, task: Callable[..., None], *arguments: object) -> None:
         while len(self._writing) >= IN_FLIGHT:
@@ -175,27 +189,29 @@ class ChunkWriter:
             self._syncing.popleft().result()
         self._writing.append(self._writers.submit(task, *arguments))
 
-    def _write_direct(self, array: ChunkedArray, chunk: int, tensor: torch.Tensor, handover: _Handover) -> None:
+    def _write_direct(
+        self, disk: _Disk, array: ChunkedArray, chunk: int, tensor: torch.Tensor, handover: _Handover
+    ) -> None:
         buffer = tensor.reshape(-1).view(torch.uint8)
-        self._files.write([Span(array.chunk_key(chunk), array.chunk_bytes, 0, array.chunk_bytes)], buffer)
-        self._written[array][chunk] = checksum.crc32c(buffer)
+        disk.files.write([Span(array.chunk_key(chunk), array.chunk_bytes, 0, array.chunk_bytes)], buffer)
+        disk.written[array][chunk] = checksum.crc32c(buffer)
         handover.done()
-        self._wrote([array.chunk_key(chunk)], array.chunk_bytes)
+        self._wrote(disk, [array.chunk_key(chunk)], array.chunk_bytes)
 
-    def _write_together(self, files: list[tuple[ChunkedArray, int, torch.Tensor]]) -> None:
+    def _write_together(self, disk: _Disk, files: list[tuple[ChunkedArray, int, torch.Tensor]]) -> None:
         spans, offset = [], 0
         for array, chunk, padded in files:
             spans.append(Span(array.chunk_key(chunk), array.chunk_bytes, offset, array.chunk_bytes))
             offset += len(padded)
-        self._files.write(spans, files[0][2] if len(files) == 1 else torch.cat([padded for _, _, padded in files]))
+        disk.files.write(spans, files[0][2] if len(files) == 1 else torch.cat([padded for _, _, padded in files]))
         for array, chunk, padded in files:
-            self._written[array][chunk] = checksum.crc32c(padded[: array.chunk_bytes])
-        self._wrote([span.key for span in spans], sum(span.size for span in spans))
+            disk.written[array][chunk] = checksum.crc32c(padded[: array.chunk_bytes])
+        self._wrote(disk, [span.key for span in spans], sum(span.size for span in spans))
 
-    def _link(self, array: ChunkedArray, chunk: int, file: ChunkFile, handover: _Handover) -> None:
+    def _link(self, disk: _Disk, array: ChunkedArray, chunk: int, file: ChunkFile, handover: _Handover) -> None:
         """Gives a file a second name, so that nothing of it is read or written; where that cannot be, copies it."""
         key = array.chunk_key(chunk)
-        target = self._folder / key
+        target = disk.folder / key
         target.parent.mkdir(mode=durable.FOLDER_MODE, parents=True, exist_ok=True)
         synced = file.synced
         try:
@@ -212,22 +228,23 @@ class ChunkWriter:
         if size != array.chunk_bytes:
             raise DamagedError(f"{file.path} has {size} bytes, and chunk {chunk} of {array.path} {array.chunk_bytes}")
         known = file.crc32c
-        self._written[array][chunk] = checksum.of_file(target) if known is None else known
+        disk.written[array][chunk] = checksum.of_file(target) if known is None else known
         handover.done()
         if not synced:
-            self._sync([key])
+            self._sync(disk, [key])
 
-    def _wrote(self, keys: list[str], size: int) -> None:
+    def _wrote(self, disk: _Disk, keys: list[str], size: int) -> None:
         self._count(size)
-        self._sync(keys)
+        self._sync(disk, keys)
 
     def _count(self, size: int) -> None:
         with self._bytes_lock:
             self.bytes_written += size
 
-    def _sync(self, keys: list[str]) -> None:
-        self._syncing.append(self._syncers.submit(self._sync_files, keys))
+    def _sync(self, disk: _Disk, keys: list[str]) -> None:
+        self._syncing.append(self._syncers.submit(_sync_files, disk.folder, keys))
 
-    def _sync_files(self, keys: list[str]) -> None:
-        for key in keys:
-            durable.sync(self._folder / key)
+
+def _sync_files(folder: Path, keys: list[str]) -> None:
+    for key in keys:
+        durable.sync(folder / key)

@@ -55,9 +55,9 @@ def write_files(files: Iterable[tuple[Path, bytes]], executor: Executor) -> Iter
     return executor.map(lambda file: write_file(*file), files)
 
 
-def temporary_name(folder: Path) -> Path:
+def temporary_name(folder: Path, why: str = "") -> Path:
     """A new name beside `folder` that `is_temporary` recognises."""
-    return folder.with_name(f".{folder.name}.tmp-{secrets.token_hex(4)}")
+    return folder.with_name(f".{folder.name.lstrip('.')}.tmp-{why}{secrets.token_hex(4)}")
 
 
 def is_temporary(name: str) -> bool:

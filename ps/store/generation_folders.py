@@ -1,18 +1,20 @@
-"""Which folders are generations: `00000120`, and `.00000120.replaced-1` once that step was committed again.
+"""Which folders are generations, on one disk: by their names alone.
 
-A replaced generation stays until a commit that supersedes it is known to be on all servers, so that at any
-instant there is one that all of them have.
+`00000120`, `.00000120.replaced-1` once that step was committed again, and `.00000120.abandoned-1` for what only
+a tag keeps: nothing goes on from it by itself. A replaced generation stays until a commit that supersedes it is
+known to be on all servers, so that at any instant there is one that all of them have.
 """
 
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-
-from ps.store import durable
+from typing import Literal
 
 _IN_PLACE = re.compile(r"[0-9]{8,18}")
-_REPLACED = re.compile(r"\.([0-9]{8,18})\.replaced-([1-9][0-9]{0,17})")
+_ASIDE = re.compile(r"\.([0-9]{8,18})\.(replaced|abandoned)-([1-9][0-9]{0,17})")
+
+Aside = Literal["replaced", "abandoned"]
 
 
 @dataclass(frozen=True)
@@ -29,38 +31,29 @@ def in_place(folder: Path, step: int) -> Path:
     return folder / f"{step:08d}"
 
 
-def find(folder: Path, own_file: str) -> list[GenerationFolder]:
-    """The generations that have the file which completes them, by step; of one step the newest last."""
-    return [generation for generation in find_all(folder) if (generation.path / own_file).is_file()]
+def aside(folder: Path, step: int, kind: Aside, number: int) -> Path:
+    """Where one is that is not in place."""
+    return folder / f".{step:08d}.{kind}-{number}"
 
 
 def find_all(folder: Path) -> list[GenerationFolder]:
-    """What has a generation's name, in the order of `find`."""
-    return sorted(_all(folder), key=lambda g: (g.step, g.number is None, g.number or 0))
+    """What has a generation's name, by step; of one step the newest last. Not what was abandoned."""
+    found = [generation for generation, kind in _all(folder) if kind != "abandoned"]
+    return sorted(found, key=lambda g: (g.step, g.number is None, g.number or 0))
 
 
-def set_aside(folder: Path, step: int) -> None:
-    """Makes the generation in place a replaced one. The caller puts another in place, and syncs."""
-    numbers = [g.number or 0 for g in _all(folder) if g.step == step]
-    in_place(folder, step).rename(folder / f".{step:08d}.replaced-{max(numbers) + 1}")
+def find_abandoned(folder: Path) -> list[GenerationFolder]:
+    """What is kept by a tag alone, by step and number."""
+    found = [generation for generation, kind in _all(folder) if kind == "abandoned"]
+    return sorted(found, key=lambda g: (g.step, g.number or 0))
 
 
-def put_back(folder: Path) -> None:
-    """Where a step has replaced generations and none in place, puts the newest of them in place."""
-    found = list(_all(folder))
-    missing = {g.step for g in found} - {g.step for g in found if g.number is None}
-    for step in missing:
-        newest = max((g for g in found if g.step == step), key=lambda g: g.number or 0)
-        newest.path.rename(in_place(folder, step))
-    if missing:
-        durable.sync(folder)
-
-
-def _all(folder: Path) -> Iterator[GenerationFolder]:
+def _all(folder: Path) -> Iterator[tuple[GenerationFolder, Aside | None]]:
     for path in folder.iterdir() if folder.is_dir() else ():
         if not path.is_dir():
             continue
         if _IN_PLACE.fullmatch(path.name) and f"{int(path.name):08d}" == path.name:
-            yield GenerationFolder(int(path.name), None, path)
-        elif match := _REPLACED.fullmatch(path.name):
-            yield GenerationFolder(int(match[1]), int(match[2]), path)
+            yield GenerationFolder(int(path.name), None, path), None
+        elif match := _ASIDE.fullmatch(path.name):
+            kind: Aside = "replaced" if match[2] == "replaced" else "abandoned"
+            yield GenerationFolder(int(match[1]), int(match[3]), path), kind

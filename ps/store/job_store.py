@@ -2,7 +2,7 @@
 
 import logging
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
@@ -10,15 +10,16 @@ from pathlib import Path
 
 import torch
 
-from protos.names import check_id, check_job_name
+from protos.names import check_id, check_job_name, check_tag
 from ps.store import attributes, durable, generation_folders, shard_file
 from ps.store.arrays import METADATA_FILE, all_arrays, check_names, group_metadata
 from ps.store.chunk_reader import ChunkReader
 from ps.store.chunk_writer import ChunkWriter
 from ps.store.contents import ChunkFile, ChunkState, ChunkValue, CommitKey, GenerationHeader, StateArray, Written
-from ps.store.errors import GenerationMissingError, StoreError, disk_errors
+from ps.store.disks import marker
+from ps.store.errors import DamagedError, GenerationMissingError, StoreError, disk_errors
 from ps.store.fields import Fields
-from ps.store.generation_folders import GenerationFolder
+from ps.store.generations_on_disks import Generation, GenerationsOnDisks, HalfPlacedError
 
 GENERATIONS = "generations"
 """The folder in a job's folder that holds its generations."""
@@ -32,39 +33,49 @@ WRITE_THREADS = 4
 SYNC_THREADS = 16
 """Threads that sync. They wait for the disk, and 16 beat 8 and 4."""
 
+_TAG = "tag-"
+
 _log = logging.getLogger(__name__)
 
 
 class JobStore:
     """Reads and writes the generations of `job` that belong to shard `shard` of `num_shards`.
 
+    data_dirs: the server's data folders; with several, each holds a part of every generation.
+
     A generation is a folder that is complete or does not exist under its name. One thread at a time may
     write, prune or clean; reading may go on beside it. Errors are StoreErrors unless stated.
     """
 
-    def __init__(self, data_dir: Path, job: str, shard: int, num_shards: int) -> None:
+    def __init__(self, data_dirs: Path | Sequence[Path], job: str, shard: int, num_shards: int) -> None:
         check_job_name(job)
+        self.data_dirs = (Path(data_dirs),) if isinstance(data_dirs, Path) else tuple(map(Path, data_dirs))
         self._job = job
         self._shard = shard
         self._num_shards = num_shards
-        self._folder = Path(data_dir) / job / GENERATIONS
-        self.working = Path(data_dir) / job / WORKING
+        # Where errors of all disks point to.
+        self._folder = self.data_dirs[0] / job / GENERATIONS
+        # Spill files are on the first disk.
+        self.working = self.data_dirs[0] / job / WORKING
         self._own_file = shard_file.file_name(shard, num_shards)
+        self._disks = GenerationsOnDisks(
+            [data_dir / job / GENERATIONS for data_dir in self.data_dirs], shard, num_shards, self._own_file, _key_of
+        )
 
     def committed_steps(self) -> list[int]:
-        """The steps of all complete generations, ascending."""
-        return sorted({generation.step for generation in self._generations()})
+        """The steps of all generations, ascending."""
+        return sorted({generation.step for generation in self._disks.find()})
 
     def committed(self) -> list[CommitKey]:
         """All complete generations by step; of one step in the order in which they were written.
 
-        The commit_id is "" where it cannot be read, which is logged.
+        The commit_id is "" where it cannot be read, or where a part on another disk is missing, which is logged.
         """
         while True:
-            generations = self._generations()
+            generations = self._disks.find()
             keys = [self._key(generation) for generation in generations]
             # A commit that goes on meanwhile renames folders.
-            if generations == self._generations():
+            if generations == self._disks.find():
                 return keys
 
     def path(self, key: CommitKey) -> Path:
@@ -101,6 +112,8 @@ class JobStore:
         chunks: Iterable[ChunkState[ChunkValue]],
         state_arrays: Mapping[str, StateArray],
         taken: Callable[[ChunkState[ChunkValue]], None] = lambda chunk: None,
+        *,
+        tag: str = "",
     ) -> Written:
         """Writes a generation: when this returns, it survives the loss of power.
 
@@ -108,6 +121,7 @@ class JobStore:
             where the disk allows, else copied.
         taken: called from any thread with each chunk whose tensors may change, and whose files may go, from
             then on. Until then they must not: large tensors are written without a copy.
+        tag: see `tags`; "" for none.
         state_arrays: what the optimizer class keeps, by name, the same on every server.
 
         A generation of this commit that exists already is left as it is. One of another commit of this
@@ -118,33 +132,65 @@ class JobStore:
         chunks do not fit each other or this store; what was written then is removed, and earlier
         generations are untouched.
         """
-        self._check(header, state_arrays)
+        self._check(header, state_arrays, tag)
         step = header.key.step
-        path = generation_folders.in_place(self._folder, step)
-        for generation in self._generations():
+        for generation in self._disks.find():
             if generation.step == step and self._key(generation) == header.key:
                 return Written(header.key, generation.path, 0)
         with disk_errors(f"write generation {step} of job {self._job!r}", self._folder):
-            durable.make_folders(self._folder)
-            if path.exists() and not (path / self._own_file).is_file():
-                raise StoreError(
-                    f"cannot write generation {step} of job {self._job!r}: {path} exists and is not "
-                    f"one of shard {self._shard}/{self._num_shards}; move it away and try again"
-                )
-            temporary = durable.temporary_name(path)
+            temporaries = []
+            for folder in self._disks.folders:
+                durable.make_folders(folder)
+                path = generation_folders.in_place(folder, step)
+                if path.exists() and not (path / self._own_file).is_file():
+                    raise StoreError(
+                        f"cannot write generation {step} of job {self._job!r}: {path} exists and is not "
+                        f"one of shard {self._shard}/{self._num_shards}; move it away and try again"
+                    )
+                temporaries.append(durable.temporary_name(path))
             try:
-                temporary.mkdir(mode=durable.FOLDER_MODE)
-                written_bytes = self._write_into(temporary, header, chunks, dict(state_arrays), taken)
-                if path.exists():
-                    generation_folders.set_aside(self._folder, step)
-                temporary.rename(path)
-            except BaseException:
-                with suppress(OSError):
-                    generation_folders.put_back(self._folder)
-                shutil.rmtree(temporary, ignore_errors=True)
+                for temporary in temporaries:
+                    temporary.mkdir(mode=durable.FOLDER_MODE)
+                    if tag:
+                        durable.write_file(temporary / _tag_file(tag), b"")
+                written_bytes = self._write_into(temporaries, header, chunks, dict(state_arrays), taken)
+                path = self._disks.place(temporaries, step)
+            except BaseException as error:
+                if not isinstance(error, HalfPlacedError):
+                    with suppress(OSError):
+                        self._disks.put_back()
+                    for temporary in temporaries:
+                        shutil.rmtree(temporary, ignore_errors=True)
                 raise
-            durable.sync(self._folder)
         return Written(header.key, path, written_bytes)
+
+    def tags(self) -> dict[str, CommitKey]:
+        """The tags and the commit that each keeps until it is taken away: the newest that was given it.
+
+        A tag is an empty file `tag-<name>` in a generation's folder.
+        """
+        return {tag: self._key(generation) for tag, generation in self._tagged().items()}
+
+    def tag(self, key: CommitKey, tag: str) -> None:
+        """Tags a generation. Raises ValueError, GenerationMissingError and other StoreErrors."""
+        check_tag(tag)
+        with disk_errors(f"tag {key} of job {self._job!r}", self._folder):
+            for part in self._find(key.step, key.commit_id).parts:
+                if not (part / _tag_file(tag)).exists():
+                    durable.write_file(part / _tag_file(tag), b"")
+                    durable.sync(part)
+
+    def untag(self, tag: str) -> list[CommitKey]:
+        """Takes a tag away from all generations that have it, and returns them.
+
+        What nothing else keeps goes: now what was abandoned, with the next commit what is in place.
+        """
+        check_tag(tag)
+        tagged = [g for g in (*self._disks.find(), *self._disks.abandoned()) if tag in _tags_of(g)]
+        keys = [self._key(generation) for generation in tagged]
+        for generation in tagged:
+            self._untag(generation, tag)
+        return keys
 
     def prune(self, *, keep: int, complete: CommitKey, current: CommitKey) -> list[CommitKey]:
         """Deletes what `complete` supersedes: older generations except those of the `keep` newest steps, and
@@ -155,33 +201,37 @@ class JobStore:
         current: the commit that the job in memory is at. It is never deleted.
         Returns the deleted ones.
         """
-        generations = self._generations()
+        generations = self._disks.find()
         keys = {generation: self._key(generation) for generation in generations}
         if complete not in keys.values():
             return []
         steps = self.committed_steps()
         kept_steps = set(steps[-keep:]) if keep > 0 else set()
 
-        def superseded(generation: GenerationFolder) -> bool:
+        def superseded(generation: Generation) -> bool:
             if keys[generation] in (complete, current) or generation.step > complete.step:
                 return False
             # At the step of `complete`, one that is in place is of a continuation that was abandoned.
             replaced = generation.step == complete.step or generation.number is not None
             return replaced or generation.step not in kept_steps
 
+        self._settle_tags(complete.step)
         doomed = [generation for generation in generations if superseded(generation)]
+        # What a tag keeps stays where it is, if it is of this run.
+        kept = [g for g in doomed if _tags_of(g) and g.number is None and g.step < complete.step]
+        doomed = [generation for generation in doomed if generation not in kept]
         self._delete(doomed)
         with disk_errors(f"clean up job {self._job!r}", self._folder):
-            generation_folders.put_back(self._folder)
+            self._disks.put_back()
         return [keys[generation] for generation in doomed]
 
     def discard_after(self, step: int) -> list[int]:
         """Deletes generations newer than `step`, newest first, and returns their steps.
 
         For a job that went back and committed `step` anew: newer generations are of the run that was
-        abandoned. Left where they are, they would be taken for the job's newest.
+        abandoned. Left where they are, they would be taken for the job's newest. What is tagged is set aside.
         """
-        newer = [generation for generation in self._generations() if generation.step > step]
+        newer = [generation for generation in self._disks.find() if generation.step > step]
         # Of one step the replaced ones first: one that is left alone would be put back in place.
         newer.sort(key=lambda generation: -generation.step)
         self._delete(newer)
@@ -190,32 +240,32 @@ class JobStore:
     def clean(self) -> None:
         """Removes what interrupted writes and deletions left behind. For the start of a server."""
         with disk_errors(f"clean up job {self._job!r}", self._folder):
-            for folder in self._folder.iterdir() if self._folder.is_dir() else ():
-                if folder.is_dir() and durable.is_temporary(folder.name):
-                    shutil.rmtree(folder)
-            generation_folders.put_back(self._folder)
+            self._disks.recover()
 
     def _write_into(
         self,
-        folder: Path,
+        folders: Sequence[Path],
         header: GenerationHeader,
         chunks: Iterable[ChunkState[ChunkValue]],
         states: dict[str, StateArray],
         taken: Callable[[ChunkState[ChunkValue]], None],
     ) -> int:
-        writers = ThreadPoolExecutor(WRITE_THREADS, thread_name_prefix="store-write")
-        syncers = ThreadPoolExecutor(SYNC_THREADS, thread_name_prefix="store-sync")
+        writers = ThreadPoolExecutor(WRITE_THREADS * len(folders), thread_name_prefix="store-write")
+        syncers = ThreadPoolExecutor(SYNC_THREADS * len(folders), thread_name_prefix="store-sync")
         try:
             # Beside the chunks, for which somebody may be waiting.
-            metadata = durable.write_files(_metadata_files(folder, header, states), syncers)
-            writer = ChunkWriter(folder, header, states, writers, syncers)
+            metadata = [durable.write_files(_metadata_files(folder, header, states), syncers) for folder in folders]
+            writer = ChunkWriter(folders, header, states, writers, syncers)
             for chunk in chunks:
                 writer.add(chunk, partial(taken, chunk))
             written = writer.finish()
-            durable.drain(metadata)
-            own = shard_file.encode(header.key.step, self._shard, self._num_shards, written)
-            durable.write_file(folder / self._own_file, own)
-            durable.sync_folders(folder, syncers)
+            for disk, folder in enumerate(folders):
+                durable.drain(metadata[disk])
+                if len(folders) > 1:
+                    durable.write_file(folder / marker(self._shard, self._num_shards, disk, len(folders)), b"")
+                own = shard_file.encode(header.key.step, self._shard, self._num_shards, written[disk])
+                durable.write_file(folder / self._own_file, own)
+                durable.sync_folders(folder, syncers)
         finally:
             # Waits for what is running: nothing may write into a folder that is being removed.
             writers.shutdown(cancel_futures=True)
@@ -224,24 +274,62 @@ class JobStore:
 
     def _reader(self, step: int, commit_id: str | None) -> ChunkReader:
         generation = self._find(step, commit_id)
+        if missing := self._disks.missing(generation):
+            raise DamagedError(self._incomplete(generation, missing))
         header, states = self._read_header(generation)
         remedy = self._remedy(generation)
-        held = shard_file.read(generation.path, step, self._shard, self._num_shards, remedy)
-        return ChunkReader(generation.path, header, states, held, remedy)
+        parts = {part: shard_file.read(part, step, self._shard, self._num_shards, remedy) for part in generation.parts}
+        return ChunkReader(parts, header, states, remedy)
 
-    def _generations(self) -> list[GenerationFolder]:
-        return generation_folders.find(self._folder, self._own_file)
-
-    def _key(self, generation: GenerationFolder) -> CommitKey:
+    def _key(self, generation: Generation) -> CommitKey:
         try:
-            document = Fields.of_file(generation.path / METADATA_FILE, self._remedy(generation))
-            return CommitKey(generation.step, attributes.decode_key(document).commit_id)
+            if missing := self._disks.missing(generation):
+                raise DamagedError(self._incomplete(generation, missing))
+            keys = set()
+            for part in generation.parts:
+                document = Fields.of_file(part / METADATA_FILE, self._remedy(generation))
+                keys.add(CommitKey(generation.step, attributes.decode_key(document).commit_id))
+            if len(keys) > 1:
+                places = " and ".join(map(str, generation.parts))
+                raise DamagedError(f"{places} are of different commits; {self._remedy(generation)}")
+            return keys.pop()
         except StoreError as error:
             _log.warning("%s", error)
             return CommitKey(generation.step, "")
 
-    def _find(self, step: int, commit_id: str | None) -> GenerationFolder:
-        for generation in reversed(self._generations()):
+    def _incomplete(self, generation: Generation, missing: Sequence[str]) -> str:
+        return (
+            f"{' and '.join(map(str, generation.parts))} lacks what was on {' and '.join(missing)} of shard "
+            f"{self._shard}/{self._num_shards}; name all --data-dir of this server, or {self._remedy(generation)}"
+        )
+
+    def _tagged(self) -> dict[str, Generation]:
+        """By tag, the generation that it keeps. What is in place counts for more than what was abandoned."""
+        tagged: dict[str, Generation] = {}
+        for generation in (*self._disks.abandoned(), *self._disks.find()):
+            for tag in _tags_of(generation):
+                tagged[tag] = generation
+        return tagged
+
+    def _settle_tags(self, step: int) -> None:
+        """Takes tags away that a later generation got, up to the step of one that all servers have."""
+        candidates = [*self._disks.abandoned(), *(g for g in self._disks.find() if g.step <= step)]
+        holder = {tag: generation for generation in candidates for tag in _tags_of(generation)}
+        for generation in candidates:
+            for tag in _tags_of(generation):
+                if holder[tag] != generation:
+                    self._untag(generation, tag)
+
+    def _untag(self, generation: Generation, tag: str) -> None:
+        with disk_errors(f"take tag {tag!r} away from step {generation.step} of job {self._job!r}", self._folder):
+            for part in generation.parts:
+                (part / _tag_file(tag)).unlink(missing_ok=True)
+                durable.sync(part)
+            if generation in self._disks.abandoned() and not _tags_of(generation):
+                self._disks.remove([generation])
+
+    def _find(self, step: int, commit_id: str | None) -> Generation:
+        for generation in reversed(self._disks.find()):
             if generation.step == step and commit_id in (None, self._key(generation).commit_id):
                 return generation
         steps = self.committed_steps()
@@ -251,7 +339,7 @@ class JobStore:
             + (f"it has {', '.join(map(str, steps))}" if steps else "it has none")
         )
 
-    def _read_header(self, generation: GenerationFolder) -> tuple[GenerationHeader, dict[str, StateArray]]:
+    def _read_header(self, generation: Generation) -> tuple[GenerationHeader, dict[str, StateArray]]:
         document = Fields.of_file(generation.path / METADATA_FILE, self._remedy(generation))
         header, states = attributes.decode(document, self._shard)
         for name, found, expected in (
@@ -262,7 +350,9 @@ class JobStore:
                 document.refuse(name, f"is {found}, and the file's place says {expected}")
         return header, states
 
-    def _check(self, header: GenerationHeader, states: Mapping[str, StateArray]) -> None:
+    def _check(self, header: GenerationHeader, states: Mapping[str, StateArray], tag: str) -> None:
+        if tag:
+            check_tag(tag)
         if (header.job, header.shard, header.num_shards) != (self._job, self._shard, self._num_shards):
             raise ValueError(
                 f"a generation of shard {header.shard}/{header.num_shards} of job {header.job!r} does not "
@@ -273,15 +363,37 @@ class JobStore:
             raise ValueError(f"step {header.key.step} is negative, or a state array is not under its own name")
         check_names(header.manifest, list(states))
 
-    def _delete(self, generations: Iterable[GenerationFolder]) -> None:
+    def _delete(self, generations: Iterable[Generation]) -> None:
+        """Deletes what no tag keeps, and sets aside the rest."""
         with disk_errors(f"delete generations of job {self._job!r}", self._folder):
             for generation in generations:
-                durable.remove_folder(generation.path)
+                if _tags_of(generation):
+                    self._disks.abandon(generation)
+                else:
+                    self._disks.remove([generation])
 
-    def _remedy(self, generation: GenerationFolder) -> str:
+    def _remedy(self, generation: Generation) -> str:
         others = [str(step) for step in self.committed_steps() if step != generation.step]
         restore = f"restore another generation ({', '.join(others)}) or " if others else ""
         return f"{restore}put the file back from a copy of {generation.path}"
+
+
+def _key_of(folder: Path) -> CommitKey | None:
+    """Which commit a folder is of, whatever its name; None if it does not say."""
+    try:
+        return attributes.decode_key(Fields.of_file(folder / METADATA_FILE, ""))
+    except StoreError:
+        return None
+
+
+def _tag_file(tag: str) -> str:
+    return f"{_TAG}{tag}"
+
+
+def _tags_of(generation: Generation) -> list[str]:
+    """Tags that a part of the generation has."""
+    names = {path.name.removeprefix(_TAG) for part in generation.parts for path in part.glob(f"{_TAG}*")}
+    return sorted(names)
 
 
 def _metadata_files(

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from ps.store import attributes, generation_folders
 from ps.store.arrays import METADATA_FILE
+from ps.store.claim import CLAIM_FILE
 from ps.store.contents import CommitKey
-from ps.store.data_dir import CLAIM_FILE
 from ps.store.errors import GenerationMissingError, StoreError
 from ps.store.fields import Fields
 from ps.store.generation_folders import GenerationFolder

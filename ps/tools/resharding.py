@@ -22,7 +22,7 @@ from ps.store import (
     unfinished,
 )
 from ps.store.arrays import ChunkedArray, state_array, value_array
-from ps.store.data_dir import CLAIM_FILE, read_claim
+from ps.store.claim import CLAIM_FILE, read_claim
 from ps.store.folder_lock import LOCK_FILE, FolderLock
 from ps.store.generation_set import GenerationSet, complete_keys, find_generation
 from ps.store.job_store import GENERATIONS

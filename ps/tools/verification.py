@@ -4,8 +4,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ps.store.claim import CLAIM_FILE, read_claim
 from ps.store.contents import CommitKey
-from ps.store.data_dir import CLAIM_FILE, read_claim
 from ps.store.errors import StoreError
 from ps.store.generation_set import complete_keys, nothing_complete, of_one_job
 from ps.store.locate import FoundFolder, find_folders

@@ -127,6 +127,7 @@ def _check_equal(tensor: WholeTensor, first: torch.Tensor, other: torch.Tensor) 
 
 def _chunks(generation: GenerationSet, *, with_state: bool) -> Iterator[ChunkState[torch.Tensor]]:
     states = dict(generation.states) if with_state else {}
-    for part in generation.parts:
-        header = replace(generation.header, shard=part.shard)
-        yield from ChunkReader(part.path, header, states, part.held, REMEDY)
+    for shard in sorted({part.shard for part in generation.parts}):
+        # Several, where a server has several disks.
+        parts = {part.path: part.held for part in generation.parts if part.shard == shard}
+        yield from ChunkReader(parts, replace(generation.header, shard=shard), states, REMEDY)

@@ -9,7 +9,6 @@ import torch
 
 from protos.values import Option
 from ps import commits
-from ps.budget import Budget
 from ps.chunk import Chunk
 from ps.errors import Conflict, StorageFailed, Timeout
 from ps.flush import Flush
@@ -20,6 +19,7 @@ from ps.options import ServerOptions
 from ps.sessions import Session
 from ps.steps import StepWish
 from ps.store import CommitKey, DataDir, DiskFullError, OptimizerGroup, OptimizerSpec, StoredParameter, Written
+from ps.tier import Incoming, Tier
 
 CHUNKS = 4
 OPTIONS: dict[str, Option] = {"lr": 1.0}
@@ -71,7 +71,7 @@ class Disk:
         self._write: Callable[..., Written] = store.write
         monkeypatch.setattr(store, "write", self.write)
 
-    def write(self, header, chunks, arrays, taken) -> Written:
+    def write(self, header, chunks, arrays, taken, **options) -> Written:
         def one_by_one() -> Iterator:
             self.begun.set()
             for state in chunks:
@@ -81,7 +81,7 @@ class Disk:
                 self.written.append(state.parameter)
                 yield state
 
-        return self._write(header, one_by_one(), arrays, taken)
+        return self._write(header, one_by_one(), arrays, taken, **options)
 
     def let_through(self, chunks: int) -> None:
         for _ in range(chunks):
@@ -91,7 +91,7 @@ class Disk:
 @pytest.fixture
 def job(tmp_path: Path) -> Iterator[Job]:
     with DataDir(tmp_path, 0, 1) as data_dir:
-        job = Job("gpt", ServerOptions(0, 1), data_dir.job_store("gpt"), Budget(None))
+        job = Job("gpt", ServerOptions(0, 1), data_dir.job_store("gpt"), Tier())
         yield job
         job.close()
 
@@ -104,11 +104,11 @@ def session(job: Job) -> Session:
     names = [StoredParameter(f"p{i}", (1 << 20,), torch.float32, "parameter", True) for i in range(CHUNKS)]
     open_job(job, session, names, {})
     shard = job.open_shard()
-    job.write_weights(session, shard, 0, [(chunk, torch.zeros(1 << 20)) for chunk in shard])
+    job.write_weights(session, shard, 0, [(chunk, Incoming(torch.zeros(1 << 20), None)) for chunk in shard])
     group = OptimizerGroup(OPTIONS, tuple(range(CHUNKS)))
     set_optimizer(job, session, OptimizerSpec("SGD", (group,)), Patience.of(20))
     for chunk in shard:
-        job.steps.add(session, job.steps.of(session), 0, 0, [(chunk, torch.ones(1 << 20))])
+        job.steps.add(session, job.steps.of(session), 0, 0, [(chunk, Incoming(torch.ones(1 << 20), None))])
     return session
 
 
@@ -151,7 +151,7 @@ def test_chunks_that_are_written_are_updated_while_the_others_are_not(job: Job, 
     wait_for(job, 1, CHUNKS)
     commits.commit(job, session, request, Patience.of(20))
     assert stored(job, 0) == [0.0] * CHUNKS
-    assert [float(c.weight[0]) for c in shard if c.weight is not None] == [-1.0] * CHUNKS
+    assert [float(c.weight.tensor[0]) for c in shard] == [-1.0] * CHUNKS
 
 
 def test_no_update_passes_a_commit_that_was_announced_and_has_not_begun(job: Job, session: Session, disk: Disk) -> None:
@@ -212,7 +212,7 @@ def test_a_change_while_the_commit_is_written_makes_the_next_one_new(job: Job, s
     disk.let_through(1)
     shard = job.open_shard()
     first = next(iter(shard))
-    job.write_weights(session, shard, 0, [(first, torch.full((1 << 20,), 9.0))])
+    job.write_weights(session, shard, 0, [(first, Incoming(torch.full((1 << 20,), 9.0), None))])
     disk.let_through(2 * CHUNKS)
     commits.commit(job, session, request, Patience.of(20))
     assert stored(job, 0) == [0.0] * CHUNKS
@@ -221,5 +221,5 @@ def test_a_change_while_the_commit_is_written_makes_the_next_one_new(job: Job, s
     assert second.bytes_written == 4 << 20, "the others are linked"
     assert stored(job, 0) == [9.0, 0.0, 0.0, 0.0]
     with pytest.raises(Conflict, match="exists already"):
-        job.write_weights(session, shard, 0, [(first, torch.zeros(1 << 20))])
+        job.write_weights(session, shard, 0, [(first, Incoming(torch.zeros(1 << 20), None))])
         commits.commit(job, session, commits.CommitRequest(CommitKey(0, "b"), ""), Patience.of(20))

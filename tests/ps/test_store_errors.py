@@ -118,8 +118,8 @@ def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path):
 
 
 def test_a_folder_of_a_newer_format_is_refused(tmp_path):
-    (tmp_path / "zero-ps.json").write_text('{"format": 2, "shard": 0, "num_shards": 1, "new": []}')
-    with pytest.raises(NewerFormatError, match=says(str(tmp_path / "zero-ps.json"), "format 2", "newer")):
+    (tmp_path / "zero-ps.json").write_text('{"format": 3, "shard": 0, "num_shards": 1, "new": []}')
+    with pytest.raises(NewerFormatError, match=says(str(tmp_path / "zero-ps.json"), "format 3", "newer")):
         DataDir(tmp_path, 0, 1)
 
 
