@@ -13,6 +13,7 @@ from protos.layout import ChunkGrid
 from ps.store import attributes, shard_file
 from ps.store.arrays import METADATA_FILE, ChunkedArray, all_arrays, value_array
 from ps.store.contents import CommitKey, GenerationHeader, StateArray
+from ps.store.disks import missing_disks
 from ps.store.errors import DamagedError, GenerationMissingError, StoreError
 from ps.store.fields import Fields
 from ps.store.locate import REMEDY, FoundFolder, find_folders
@@ -105,16 +106,28 @@ def of_one_job(found: Sequence[FoundFolder]) -> list[FoundFolder]:
 
 
 def complete_keys(found: Sequence[FoundFolder]) -> list[tuple[CommitKey, int]]:
-    """The commits of which there is a part of every shard, the newest last, with their num_shards.
+    """The commits of which there is every part of every shard, the newest last, with their num_shards.
 
     As when trainers connect (`trainer/connect.py`): of one step, in the order in which they were written.
     """
-    keys: dict[tuple[CommitKey, int], set[int]] = {}
-    for folder in found:
-        for shard, num_shards in folder.shards if folder.problem is None else ():
-            keys.setdefault((folder.key, num_shards), set()).add(shard)
+    commits = dict.fromkeys((f.key, num_shards) for f in found if f.problem is None for _, num_shards in f.shards)
     # The sort is stable: within a step the order of the first folder stays.
-    return sorted((k for k, shards in keys.items() if len(shards) == k[1]), key=lambda k: k[0].step)
+    return sorted((c for c in commits if not missing_parts(found, *c)), key=lambda commit: commit[0].step)
+
+
+def missing_parts(found: Sequence[FoundFolder], key: CommitKey, num_shards: int) -> list[str]:
+    """Which parts of a commit no folder has: "shard 1/2", "disk 0 of 2 of shard 1/2"."""
+    paths: dict[int, list[Path]] = {shard: [] for shard in range(num_shards)}
+    for folder in found:
+        for shard, of in folder.shards if folder.key == key and folder.problem is None else ():
+            if of == num_shards:
+                paths[shard].append(folder.path)
+    missing = []
+    for shard, parts in paths.items():
+        disks = missing_disks(parts, shard, num_shards) if parts else []
+        missing += [f"{disk} of shard {shard}/{num_shards}" for disk in disks]
+        missing += [] if parts else [f"shard {shard}/{num_shards}"]
+    return missing
 
 
 def load(found: Sequence[FoundFolder], key: CommitKey, num_shards: int) -> GenerationSet:
@@ -183,7 +196,7 @@ def nothing_complete(found: Sequence[FoundFolder], step: int | None) -> str:
     )
     which = "no generation" if step is None else f"no generation of step {step}"
     return (
-        f"{which} is complete over these folders: {described or 'they have none'}. Name the data folders of all "
+        f"{which} is complete over these folders: {described or 'they have none'}. Name all data folders of all "
         "servers of the set"
     )
 

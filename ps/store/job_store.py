@@ -33,7 +33,7 @@ WRITE_THREADS = 4
 SYNC_THREADS = 16
 """Threads that sync. They wait for the disk, and 16 beat 8 and 4."""
 
-_TAG = "tag-"
+TAG_PREFIX = "tag-"
 
 _log = logging.getLogger(__name__)
 
@@ -387,12 +387,12 @@ def _key_of(folder: Path) -> CommitKey | None:
 
 
 def _tag_file(tag: str) -> str:
-    return f"{_TAG}{tag}"
+    return f"{TAG_PREFIX}{tag}"
 
 
 def _tags_of(generation: Generation) -> list[str]:
     """Tags that a part of the generation has."""
-    names = {path.name.removeprefix(_TAG) for part in generation.parts for path in part.glob(f"{_TAG}*")}
+    names = {path.name.removeprefix(TAG_PREFIX) for part in generation.parts for path in part.glob(f"{TAG_PREFIX}*")}
     return sorted(names)
 
 

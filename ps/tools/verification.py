@@ -7,7 +7,7 @@ from pathlib import Path
 from ps.store.claim import CLAIM_FILE, read_claim
 from ps.store.contents import CommitKey
 from ps.store.errors import StoreError
-from ps.store.generation_set import complete_keys, nothing_complete, of_one_job
+from ps.store.generation_set import complete_keys, missing_parts, nothing_complete, of_one_job
 from ps.store.locate import FoundFolder, find_folders
 from ps.store.unfinished import MARK_FILE
 from ps.tools.generation_check import GenerationReport, Problem, check_generation
@@ -83,7 +83,7 @@ def _verify(
         if folder.problem is not None and (newer or folder.path == folder.root):
             report.others.append(Problem(folder.path, folder.problem))
     if chosen:
-        report.notes += _on_some_servers(wanted, complete, oldest)
+        report.notes += _incomplete(wanted, complete, oldest)
     for key, num_shards in chosen:
         parts = [f for f in wanted if f.key == key and num_shards in {of for _, of in f.shards}]
         others = [other.step for other, _ in complete_keys(found) if other.step != key.step]
@@ -123,14 +123,12 @@ def _remedy(step: int, others: Sequence[int]) -> str:
     return f"put it back from a copy{go_back}"
 
 
-def _on_some_servers(found: Sequence[FoundFolder], complete: Sequence[tuple[CommitKey, int]], oldest: int) -> list[str]:
-    """Says which commits that are newer than the oldest that is checked are not complete."""
-    known = {key for key, _ in complete}
-    holders: dict[CommitKey, set[str]] = {}
-    for folder in found:
-        if folder.problem is None and folder.key not in known and folder.key.step >= oldest:
-            holders.setdefault(folder.key, set()).update(f"{shard}/{of}" for shard, of in folder.shards)
+def _incomplete(found: Sequence[FoundFolder], complete: Sequence[tuple[CommitKey, int]], oldest: int) -> list[str]:
+    """Says which commits that are not older than the oldest that is checked are not complete, and what they lack."""
+    commits = dict.fromkeys((f.key, of) for f in found if f.problem is None for _, of in f.shards)
     return [
-        f"{key} is on shard {', '.join(sorted(shards))} only: a commit that is going on, or one that was interrupted"
-        for key, shards in holders.items()
+        f"{key} lacks {', '.join(missing_parts(found, key, num_shards))}: it is a commit that is going on, or one that "
+        "was interrupted"
+        for key, num_shards in commits
+        if (key, num_shards) not in complete and key.step >= oldest
     ]

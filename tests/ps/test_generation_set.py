@@ -95,7 +95,7 @@ def test_asks_which_job_where_there_are_several(dirs, tmp_path, model):
 
 
 def test_a_server_that_was_not_named_is_missed(dirs):
-    with pytest.raises(GenerationMissingError, match=r"shard-0 has shard 0/2 at step 5.*data folders of all servers"):
+    with pytest.raises(GenerationMissingError, match=r"shard-0 has shard 0/2 at step 5.*all data folders"):
         find_generation(dirs[:1])
 
 

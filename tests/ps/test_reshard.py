@@ -18,7 +18,16 @@ import torch
 import ps
 from protos import layout
 from ps.cli import main
-from ps.store import DamagedError, DataDir, DataDirError, GenerationMissingError, JobStore, unfinished
+from ps.store import (
+    CommitKey,
+    DamagedError,
+    DataDir,
+    DataDirError,
+    GenerationMissingError,
+    JobStore,
+    OptimizerSpec,
+    unfinished,
+)
 from ps.store.testing import ADAM_STATE, Model
 from ps.tools.errors import ToolError
 from ps.tools.resharding import reshard
@@ -93,6 +102,25 @@ def test_files_are_linked_and_the_source_is_left_alone(old, tmp_path, model):
     assert_holds(targets, model)
 
 
+def test_a_server_with_several_disks_is_one_source(tmp_path, model):
+    disks = [tmp_path / "a0", tmp_path / "a1"]
+    for shard, folders in enumerate((disks, [tmp_path / "b"])):
+        with DataDir(folders, shard, 2) as opened:
+            header = model.header(shard, 2, step=5, optimizer=OptimizerSpec("AdamW", ()), metadata='{"a": 1}')
+            opened.job_store("gpt").write(header, model.chunks(shard, 2), model.state_arrays)
+    reshard([*disks, tmp_path / "b"], new(tmp_path, 3), move=True)
+    assert_holds(new(tmp_path, 3), model)
+    assert not any((folder / "gpt").exists() for folder in [*disks, tmp_path / "b"])
+
+
+def test_tags_come_along(old, tmp_path):
+    for shard, folder in enumerate(old):
+        JobStore(folder, "gpt", shard, 2).tag(CommitKey(5, "c0"), "best")
+    reshard(old, new(tmp_path, 3))
+    for shard, folder in enumerate(new(tmp_path, 3)):
+        assert JobStore(folder, "gpt", shard, 3).tags() == {"best": CommitKey(5, "c0")}
+
+
 def test_a_chosen_job_and_step(old, tmp_path, model):
     write_shards(tmp_path / "old", model, 2, step=7)
     write_shards(tmp_path / "old", model, 2, step=9, job="other")
@@ -129,7 +157,7 @@ class TestRefuses:
         assert [folder.exists() for folder in targets] == existed
 
     def test_an_incomplete_source(self, old, tmp_path):
-        self.refused(GenerationMissingError, "data folders of all servers", old[:1], new(tmp_path, 1))
+        self.refused(GenerationMissingError, "Name all data folders of all servers", old[:1], new(tmp_path, 1))
         self.refused(GenerationMissingError, "no generation of step 6", old, new(tmp_path, 1), step=6)
 
     def test_folders_that_are_the_same_or_in_each_other(self, old, tmp_path):

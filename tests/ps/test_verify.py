@@ -281,12 +281,33 @@ def test_a_commit_that_some_servers_lack_is_a_note_and_the_one_before_is_checked
     shutil.rmtree(dirs[1] / "gpt/generations/00000006")
     report = verify(dirs)
     assert report.ok and report.generations[0].key.step == 5
-    assert re.search("step 6, commit c0 is on shard 0/2 only", report.notes[0])
+    assert report.notes == [
+        "step 6, commit c0 lacks shard 1/2: it is a commit that is going on, or one that was interrupted"
+    ]
+
+
+def test_a_server_with_several_disks(tmp_path, model):
+    """Of which each has a part of every generation."""
+    disks = [tmp_path / "a0", tmp_path / "a1"]
+    for step in (5, 6):
+        for shard, folders in enumerate((disks, [tmp_path / "b"])):
+            header = model.header(shard, 2, step=step, commit_id="c0")
+            with DataDir(folders, shard, 2) as opened:
+                opened.job_store("gpt").write(header, model.chunks(shard, 2), model.state_arrays)
+    everything = [*disks, tmp_path / "b"]
+    assert [generation.files for generation in verify(everything, all_steps=True).generations] == [14, 14]
+    report = verify(everything[1:])
+    assert not report.ok and "Name all data folders of all servers" in str(report.problems[0])
+    # As a server that was killed between the renames on its disks leaves it.
+    (disks[1] / "gpt/generations/00000006").rename(disks[1] / "gpt/generations/.00000006.tmp-0")
+    report = verify(everything)
+    assert report.ok and report.generations[0].key.step == 5
+    assert "step 6, commit c0 lacks disk 1 of 2 of shard 0/2" in report.notes[0]
 
 
 def test_a_server_that_was_not_named_fails(dirs):
     report = verify(dirs[:1])
-    assert not report.ok and "Name the data folders of all servers" in str(report.problems[0])
+    assert not report.ok and "Name all data folders of all servers" in str(report.problems[0])
 
 
 def test_servers_that_commit_and_delete_meanwhile_cause_no_problem(tmp_path, model):
