@@ -64,7 +64,7 @@ def run(quick: bool) -> list[report.Row]:
 @dataclass
 class Figures:
     """Of the steps of one side: seconds of each, and of those the seconds that the model waited for
-    parameters, the part of that before its first module, and the seconds for which parameters were on
+    parameters, the part of that before its first block, and the seconds for which parameters were on
     their way."""
 
     steps: list[float] = field(default_factory=list)
@@ -138,8 +138,8 @@ def _block(
     trainer.offload(model, job, config)
     optimizer = trainer.RemoteOptimizer(model.parameters(), torch.optim.AdamW, lr=1e-4)
     after_first: list[float] = []
-    # Comes after the hook that gathers.
-    handle = model.tokens.register_forward_pre_hook(
+    # Only the embeddings come before the first block, and take next to no time.
+    handle = model.blocks[0].register_forward_pre_hook(
         lambda *_: after_first.append(trainer.report(model).total_stalled_seconds)
     )
     for step in range(WARM_UP + steps):
@@ -180,8 +180,18 @@ def _step_rows(work: str, sides: dict[str, Figures], bar: float | None) -> list[
         at_least = bar if name == "prefetch" else None
         rows += [
             report.Row("hidden", hidden, "s a step", "transfers", hidden / transfers, at_least=at_least, case=case),
+            report.Row(
+                "hidden, from the first block on",
+                hidden,
+                "s a step",
+                "transfers",
+                hidden / (transfers - first),
+                case=case,
+            ),
             report.Row("stalled", stalled, "s a step", "the step", stalled / step, case=case),
-            report.Row("stalled before the first module", first, "s a step", "stalled", first / stalled, case=case),
+            report.Row(
+                "stalled before the first block", first, "s a step", "stalled", first / max(stalled, 1e-9), case=case
+            ),
         ]
     return rows
 
