@@ -8,7 +8,7 @@ for the place that the last uses fit best, and the pass goes on from there: a br
 more turn of a loop costs one surprise, and nothing is forgotten for it.
 
 DeepSpeed's `PartitionedParameterCoordinator` keeps one trace and drops it when a module comes that it did
-not expect; prefetching then stops until two whole iterations agree.
+not expect; the rest of that iteration and all of the next one, which records, are not prefetched.
 """
 
 import itertools
