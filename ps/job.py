@@ -19,7 +19,7 @@ from ps.plan import Plan
 from ps.running_commits import RunningCommits
 from ps.schedule import Kind
 from ps.sessions import Session, Sessions
-from ps.shard import Shard, at_liberty
+from ps.shard import FLUSH_SECONDS, Shard, at_liberty
 from ps.staging import Staging
 from ps.steps import Steps, StepWish
 from ps.store import JobStore
@@ -178,6 +178,7 @@ class Job:
         self, session: Session, shard: Shard, step: int, values: Sequence[tuple[Chunk, Incoming]]
     ) -> None:
         """Replaces weights of chunks that are at `step`. Raises Conflict if one is not."""
+        self.commits.wait_before_change(step, Patience.of(FLUSH_SECONDS))
         with at_liberty(shard, [chunk for chunk, _ in values], self.shard_lock):
             with self.monitor:
                 session.check()

@@ -63,8 +63,8 @@ class RunningCommits:
         assert commit.result is not None
         return commit.result
 
-    def wait_before_update(self, step: int, patience: Patience) -> None:
-        """Waits until no commit of `step` is about to begin, so that chunks may leave it. Raises Timeout."""
+    def wait_before_change(self, step: int, patience: Patience) -> None:
+        """Waits until no commit of `step` is about to begin, so that chunks may be changed. Raises Timeout."""
         self._monitor.wait_until(
             lambda: self._latest is None or self._latest.begun or self._latest.key.step != step,
             patience,

@@ -84,7 +84,7 @@ class Updater:
     def _update(self, step: AgreedStep) -> None:
         shard, optimizer = step.shard, step.shard.optimizer
         assert optimizer is not None
-        self._commits.wait_before_update(step.step, Patience.of(FLUSH_SECONDS))
+        self._commits.wait_before_change(step.step, Patience.of(FLUSH_SECONDS))
         batches = list(_batches(shard))
         ahead = ReadAhead(shard.tier, batches, lambda batch: to_read_ahead(batch, step.contributions))
         for number, batch in enumerate(batches):

@@ -166,6 +166,22 @@ def test_no_update_passes_a_commit_that_was_announced_and_has_not_begun(job: Job
     wait_for(job, 1, CHUNKS)
 
 
+def test_no_weight_is_written_before_a_commit_that_was_announced(job: Job, session: Session, disk: Disk) -> None:
+    disk.let_through(CHUNKS)
+    shard = job.open_shard()
+    with job.disk(Patience.of(0)):  # Keeps it from beginning.
+        request = announce(job, session, 0)
+        values = [(chunk, Incoming(torch.ones(1 << 20), None)) for chunk in shard]
+        writing = threading.Thread(target=job.write_weights, args=(session, shard, 0, values))
+        writing.start()
+        writing.join(0.3)
+        assert all(float(c.weight.tensor[0]) == 0.0 for c in shard)
+    commits.commit(job, session, request, Patience.of(20))
+    writing.join(20)
+    assert stored(job, 0) == [0.0] * CHUNKS
+    assert all(float(c.weight.tensor[0]) == 1.0 for c in shard)
+
+
 def test_a_commit_that_fails_half_way_holds_up_nothing(job: Job, session: Session, disk: Disk) -> None:
     request = announce(job, session, 0)
     step(job, session, 0)
