@@ -12,7 +12,7 @@ import contextlib
 import math
 import time
 from collections import deque
-from collections.abc import Container, Hashable, Iterable, Sequence
+from collections.abc import Container, Hashable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,6 +32,10 @@ from trainer.statistics import Statistics
 if TYPE_CHECKING:
     from trainer.job import Job
     from trainer.timeline import Timeline
+
+
+_SMALL_BYTES = 1 << 20
+"""Less than this does not keep a link busy for as long as a request takes to make."""
 
 
 class Coordinator:
@@ -284,7 +288,8 @@ class Coordinator:
             if not bucket:
                 return
             with self._plain_tensors():
-                self._submit(bucket, version, urgent=False)
+                for together in _small_ones_together(bucket):
+                    self._submit(together, version, urgent=False)
 
     def _next_bucket(self, bucket_elements: int, version: int) -> list[OffloadedParameter]:
         """Takes from the frontier on what goes into one request, and gives it memory."""
@@ -432,6 +437,26 @@ class Coordinator:
         if torch._C._autograd._profiler_enabled():
             return torch.autograd.profiler.record_function(f"zero-ps gather {who}")
         return contextlib.nullcontext()
+
+
+def _small_ones_together(bucket: Sequence[OffloadedParameter]) -> Iterator[list[OffloadedParameter]]:
+    """Cuts a bucket into requests. A large parameter is a request of its own: a module is not to wait for
+    the neighbours of what it needs. Small ones share one, which costs as much as they do."""
+    small: list[OffloadedParameter] = []
+    small_bytes = 0
+    for state in bucket:
+        if state.nbytes < _SMALL_BYTES:
+            small.append(state)
+            small_bytes += state.nbytes
+            if small_bytes < _SMALL_BYTES:
+                continue
+        if small:
+            yield small
+            small, small_bytes = [], 0
+        if state.nbytes >= _SMALL_BYTES:
+            yield [state]
+    if small:
+        yield small
 
 
 def in_backward() -> bool:

@@ -145,7 +145,8 @@ class Trace(Generic[T]):
                 # That jump was one use out of order; the pass goes on where it was.
                 self._path, self._next, self._doubted = path, place + 1, None
                 return False
-        self.surprises += 1
+        # A guess that was wrong surprises nobody.
+        self.surprises += self._path.seen
         self._repair(item)
         return False
 
