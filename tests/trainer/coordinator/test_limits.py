@@ -62,10 +62,47 @@ def test_a_module_that_exceeds_a_limit_is_refused_at_once(
         model = nn.Sequential(nn.Linear(4, 64), nn.Sequential(nn.Linear(64, 64, bias=False)))
         with pytest.raises(trainer.OutOfBudget) as raised:
             trainer.offload(model, job, trainer.OffloadConfig(**limit))
-    text = str(raised.value)
-    assert "'1.0'" in text
-    for size in ("max_live_bytes", "16384 bytes", "16383 bytes") if "max_live_bytes" in limit else ("4096", "4095"):
-        assert size in text
+        text = str(raised.value)
+        assert "'1.0'" in text
+        for size in ("16384 bytes", "16383 bytes") if "max_live_bytes" in limit else ("4096", "4095"):
+            assert size in text
+        # Nothing has changed: the limit can be raised.
+        config = trainer.OffloadConfig(**{name: value + 1 for name, value in limit.items()})
+        assert trainer.offload(model, job, config)(torch.randn(2, 4)).shape == (2, 64)
+
+
+class Listed(nn.Module):
+    """Has its parameters in a list, and uses one after the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = nn.ParameterList([torch.randn(64, 64) / 8 for _ in range(6)])
+        self.steps = nn.ModuleList([Using(self.weights, index) for index in range(6)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for one in self.steps:
+            x = torch.tanh(one(x))
+        return x
+
+
+class Using(nn.Module):
+    def __init__(self, weights: nn.ParameterList, index: int) -> None:
+        super().__init__()
+        self.found = [weights, index]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weights, index = self.found
+        return x @ weights[index]
+
+
+def test_a_list_of_parameters_need_not_fit_at_once(cluster: LocalCluster, job_name: str) -> None:
+    same(
+        cluster.addresses,
+        job_name,
+        Listed,
+        steps(3, 64),
+        config=trainer.OffloadConfig(param_persistence_threshold=0, max_live_bytes=2 * 16 * KIB),
+    )
 
 
 @pytest.mark.parametrize("what", ["bytes", "elements"])
