@@ -186,6 +186,8 @@ class Requests:
         self._sent_bytes += nbytes
         asked_at = time.perf_counter()
         arrival = self._job.transfer.pull(destinations, request.version)
+        # Views of a parameter's memory tell that it is in use, and another thread may see it arrive at once.
+        destinations.clear()
         arrival.when_done(lambda error: self._arrived(request, nbytes, asked_at, error))
 
     def _arrived(self, request: Request, nbytes: int, asked_at: float, error: BaseException | None) -> None:

@@ -172,6 +172,7 @@ class _PullStream(_Stream[pb.PullRequest, pb.PullResponse]):
             raise ValueError(f"server {self._address} answered pull {response.request_id}, which nobody awaits")
         if response.HasField("error"):
             self._pending.popleft()
+            head.destinations = ()
             code = response.error.code
             head.future.set_exception(from_stream_error(self._address, code, response.error.message))
             return
