@@ -125,6 +125,7 @@ class Coordinator:
     def stepped(self) -> None:
         """The job is at its next step, and what is here is of the one before."""
         self._plan.iteration_ended()
+        self.forecast.stepped()
         self._keep_what_comes()
 
     def _begin_pass(self) -> None:
@@ -195,7 +196,7 @@ class Coordinator:
         for state in states:
             # Asked for at another version than this: a step came in between.
             if state.request is not None and state.request.version != version:
-                self._await(state.request)
+                self._outlast(state.request)
         for state in states:
             # What a module waits for goes first, whoever asked for it, and does not make way for the rest of it.
             if state.request is not None:
@@ -223,6 +224,12 @@ class Coordinator:
             for state in request.states:
                 self.residency.rank(state)
 
+    def _outlast(self, request: Request) -> None:
+        """Returns when nothing of a request is on its way any more, whatever came of it."""
+        self._requests.wait(request)
+        with contextlib.suppress(Exception):  # whoever needs it asks again, and hears of it
+            self._settle(request)
+
     def _submit(self, states: Sequence[OffloadedParameter], version: int, *, urgent: bool) -> None:
         self._plan.asked(states)
         if self._timeline is not None:
@@ -246,7 +253,7 @@ class Coordinator:
         for request in self._requests.unsettled():
             if self.residency.make_room(nbytes, elements, -1, keep):
                 return
-            self._await(request)
+            self._outlast(request)
         if not self.residency.make_room(nbytes, elements, -1, keep):
             raise self.residency.out_of_budget(list(dict.fromkeys(states)), who)
 
@@ -336,9 +343,7 @@ class Coordinator:
         """Leaves nothing on its way."""
         self._withdraw()
         for request in self._requests.unsettled():
-            self._requests.wait(request)
-            with contextlib.suppress(Exception):  # nobody needs it; what is wrong will show where it matters
-                self._settle(request)
+            self._outlast(request)
 
     # ------------------------------------------------------------ release
 
@@ -375,9 +380,7 @@ class Coordinator:
     def discard(self, state: OffloadedParameter) -> None:
         """What is here of a parameter does not count any more: it is about to be replaced or converted."""
         if state.request is not None:
-            self._requests.wait(state.request)
-            with contextlib.suppress(Exception):
-                self._settle(state.request)
+            self._outlast(state.request)
         if not state.active and not state.aliased:
             self.residency.free(state)
 

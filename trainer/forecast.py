@@ -114,6 +114,11 @@ class Forecast:
             else:
                 self._forward_only[state] = None
 
+    def stepped(self) -> None:
+        """Parameters have new values, so no backward of a forward before can come."""
+        self._forwards, self._backwards = [], 0
+        self._beyond = None
+
     @property
     def expects_backward(self) -> bool:
         """Whether a backward may follow what runs or ran last."""

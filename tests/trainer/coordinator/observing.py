@@ -125,8 +125,10 @@ class SlowLinks:
                 self._free -= 1
             else:
                 self._open.wait(20)
-            self._pull(*item[:2]).when_done(functools.partial(_finish, item[2]))
+            arrival, done = self._pull(*item[:2]), functools.partial(_finish, item[2])
+            # Views of a parameter's memory tell that it is in use.
             item = None
+            arrival.when_done(done)
 
 
 def _finish(future: "Future[None]", error: BaseException | None) -> None:

@@ -9,7 +9,7 @@ from torch import nn
 
 import trainer
 from ps import LocalCluster
-from tests.trainer.coordinator.observing import Observer
+from tests.trainer.coordinator.observing import Observer, SlowLinks
 from tests.trainer.coordinator.test_ahead import Counter
 from tests.trainer.lifecycle.comparing import nothing_gathered, same, step
 from tests.trainer.runs import gathered_values
@@ -329,3 +329,33 @@ def test_what_somebody_holds_a_view_of_is_not_counted_once_it_is_converted(
             del view, x
         with Observer(model):
             model(torch.randn(2, WIDTH, dtype=torch.float64))
+
+
+def test_what_was_asked_at_a_step_that_is_over_is_asked_anew(cluster: LocalCluster, job_name: str) -> None:
+    """A forward asks ahead for its backward, which does not come; a step comes instead."""
+    config = trainer.OffloadConfig(param_persistence_threshold=0, max_reuse_distance=0)
+
+    def run(model: Any, optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+        results = [_train(model, optimizer) for _ in range(3)]
+        _loss(model).backward()
+        if find(model) is None:
+            _loss(model)
+            optimizer.step()
+        else:
+            with SlowLinks(model) as links:
+                handle = model.layers[9].register_forward_hook(lambda *_: links.hold())
+                _loss(model)
+                handle.remove()
+                asked = len(links.asked)
+                links.let_go(0.3)
+                optimizer.step()
+                assert trainer.report(model).live_bytes == 0
+                held = [names for names in links.asked[:asked] if names[0].startswith("layers")]
+                assert held
+            for param in model.parameters():
+                with trainer.gathered(param):
+                    pass
+        optimizer.zero_grad()
+        return [*results, *(_train(model, optimizer) for _ in range(2))]
+
+    same(cluster.addresses, job_name, Raises, run, config=config)
