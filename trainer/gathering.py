@@ -35,6 +35,8 @@ def gathered(params: nn.Module | torch.Tensor | Iterable[torch.Tensor], *, modif
         if modify:
             model.job.barrier("entering gathered(modify=True)")
         model.coordinator.fetch(group, "trainer.gathered")
+    # Only when all are here: what failed for one model has to leave those of another as they were.
+    for model, group in groups:
         for state in group:
             state.activate()
             # A loss may be computed here, and its backward may come after.

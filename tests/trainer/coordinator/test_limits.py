@@ -138,6 +138,27 @@ def test_what_does_not_fit_together_is_refused_at_once_and_training_goes_on(
                 assert torch.equal(model.other.weight, plain.other.weight)
 
 
+def test_of_two_models_the_first_is_not_kept_when_the_second_does_not_fit(cluster: LocalCluster, job_name: str) -> None:
+    def make() -> nn.Module:
+        return nn.Sequential(nn.Linear(64, 64, bias=False), nn.Linear(64, 64, bias=False))
+
+    with (
+        trainer.connect(cluster.addresses, job=job_name) as first_job,
+        trainer.connect(cluster.addresses, job=f"{job_name}-2") as second_job,
+    ):
+        first = trainer.offload(make(), first_job, trainer.OffloadConfig(param_persistence_threshold=0))
+        limited = trainer.OffloadConfig(param_persistence_threshold=0, max_live_bytes=16 * KIB)
+        second = trainer.offload(make(), second_job, limited)
+        with (
+            pytest.raises(trainer.OutOfBudget, match=r"trainer\.gathered"),
+            trainer.gathered([*first.parameters(), *second.parameters()]),
+        ):
+            raise AssertionError("unreachable")
+        for model in (first, second):
+            model(torch.randn(2, 64)).sum().backward()
+            nothing_gathered(model)
+
+
 class Skipping(nn.Module):
     def __init__(self) -> None:
         super().__init__()
