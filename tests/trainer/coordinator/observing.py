@@ -116,7 +116,8 @@ class SlowLinks:
     def _later(self, destinations: Sequence[Destination], version: int) -> Arrival:
         self.asked.append([destination.remote.name for destination in destinations])
         future: Future[None] = Future()
-        self._queue.put((destinations, version, future))
+        # A copy: who asked clears the list.
+        self._queue.put((list(destinations), version, future))
         return Arrival([future], "what is held back", 20)
 
     def _leave(self) -> None:
