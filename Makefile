@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 SOURCES := ps trainer protos tests hatch_build.py $(wildcard benchmarks examples)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format protos test-gpu bench clean
+.PHONY: help install demo test lint format protos test-gpu soak bench clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -56,6 +56,9 @@ test-gpu: install ## the tests that need a CUDA device
 	else \
 		echo "no GPU: torch finds no CUDA device here, so no GPU test was run"; \
 	fi
+
+soak: install ## kill servers at random instants, 50 times, and compare with an undisturbed run (ARGS='--seed 1')
+	$(BIN)/python -m tests.soak $(ARGS)
 
 bench: install ## the benchmarks
 	@if [ -f benchmarks/__main__.py ]; then $(BIN)/python -m benchmarks $(ARGS); \
