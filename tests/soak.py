@@ -167,9 +167,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="zero-ps-soak-") as root:
         outcome = soak(options.kills, seed, Path(root), disks=options.disks)
-    print(
-        f"soak: {outcome.kills} kills and {outcome.steps} steps in {time.monotonic() - began:.0f} s, all as it has to be"
-    )
+    seconds = time.monotonic() - began
+    print(f"soak: {outcome.kills} kills and {outcome.steps} steps in {seconds:.0f} s, and all is as it has to be")
     return 0
 
 
