@@ -5,7 +5,7 @@ import sys
 
 from benchmarks import report
 
-MODULES = ("coordinator", "hooks", "memory", "storage")
+MODULES = ("coordinator", "hooks", "memory", "storage", "commit")
 
 
 def _all(quick: bool) -> list[report.Row]:
