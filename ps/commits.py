@@ -72,7 +72,7 @@ def _check_unused(job: Job, step: int) -> None:
 
 
 def _load(job: Job, session: Session, key: CommitKey) -> Shard:
-    loaded = job.generations.empty_shard(key, job.tier, job.new_area("shard"))
+    loaded = job.generations.empty_shard(key, job.tier, job.new_areas("shard"))
     # The old state leaves first: memory need not hold both.
     with job.monitor:
         session.check()

@@ -2,7 +2,7 @@
 
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,11 +65,11 @@ class Generations:
         with _storage_errors():
             self._store.tag(key, tag)
 
-    def empty_shard(self, key: CommitKey, tier: Tier = IN_MEMORY, area: Area | None = None) -> Shard:
+    def empty_shard(self, key: CommitKey, tier: Tier = IN_MEMORY, areas: Sequence[Area] = ()) -> Shard:
         """The shard of a generation before its chunks are read. Raises NotFound and StorageFailed."""
         with _storage_errors():
             header = self._store.read_header(key.step, key.commit_id)
-        shard = Shard(self._index, self._num_shards, header.manifest, key.step, tier, area)
+        shard = Shard(self._index, self._num_shards, header.manifest, key.step, tier, areas)
         shard.spec = header.optimizer
         shard.metadata = header.metadata
         shard.generation = key

@@ -64,7 +64,7 @@ class Job:
         with self.monitor:
             session = self.sessions.open(rank, world_size, incarnation, read_only, patience)
             self.steps.join(session)
-            self._staging[session.id] = Staging(self.tier, self.new_area("staging"))
+            self._staging[session.id] = Staging(self.tier, next(iter(self.new_areas("staging")), None))
             if len(self.sessions.living()) == 1:
                 self._drop_useless_state()
         _log.info("job %r: session of %s opened", self.name, session.who)
@@ -150,11 +150,12 @@ class Job:
         staged = sum(staging.resident_bytes for staging in list(self._staging.values()))
         return (shard.resident_bytes if shard else 0) + self.steps.resident_bytes + staged
 
-    def new_area(self, what: str) -> Area | None:
-        """Where something of this job is spilled to; None where memory is not limited."""
+    def new_areas(self, what: str) -> tuple[Area, ...]:
+        """Where something of this job is spilled to, on each disk; none where memory is not limited."""
         if not self.tier.limited:
-            return None
-        return Area(self.working / f"{what}-{uuid.uuid4().hex[:8]}")
+            return ()
+        name = f"{what}-{uuid.uuid4().hex[:8]}"
+        return tuple(Area(working / name) for working in self.working)
 
     def staging(self, session: Session) -> Staging:
         session.check()

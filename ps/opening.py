@@ -80,7 +80,7 @@ def _create(job: Job, session: Session, manifest: Sequence[StoredParameter]) -> 
             f"job {job.name!r} has committed steps on shard {job.options.index} ({_list(steps)}) and none of "
             "them was restored; restore one, or move the job's folder away to begin anew"
         )
-    shard = Shard(job.options.index, job.options.num_shards, manifest, 0, job.tier, job.new_area("shard"))
+    shard = Shard(job.options.index, job.options.num_shards, manifest, 0, job.tier, job.new_areas("shard"))
     check_budget(shard, session.world_size, {})
     with job.monitor:
         try:

@@ -15,6 +15,7 @@ from ps.monitor import Patience
 from ps.optimizer import ChunkOptimizer
 from ps.schedule import Schedule
 from ps.store import CommitKey, OptimizerGroup, OptimizerSpec, StoredParameter
+from ps.store.disks import spread
 from ps.tier import Area, Tier
 
 FLUSH_SECONDS = 3600.0
@@ -32,7 +33,8 @@ class Shard:
     generation: the commit whose generation memory is equal to, or None. It may still be being written.
     flush: of the commit that is being written, or None.
     restore_id: of the restore that the state stems from, or "".
-    tier, area: what counts the bytes of chunks, and where those go that do not fit; area is None if all do.
+    tier, areas: what counts the bytes of chunks, and where those go that do not fit: on each disk the chunks that
+        a generation would have there. No areas if all fit.
     schedule: when chunks are used next; None where nothing ever leaves memory.
     """
 
@@ -43,7 +45,7 @@ class Shard:
         manifest: Sequence[StoredParameter],
         step: int = 0,
         tier: Tier = IN_MEMORY,
-        area: Area | None = None,
+        areas: Sequence[Area] = (),
     ) -> None:
         self.index = index
         self.num_shards = num_shards
@@ -59,11 +61,12 @@ class Shard:
         self.flush: Flush | None = None
         self.restore_id = ""
         self.tier = tier
-        self.area = area
+        self.areas = tuple(areas)
         self._placement = place_all((p.shape for p in self.manifest), num_shards)
         self.placement_digest = digest(self._placement)
         self._chunks: dict[tuple[int, int], Chunk] = {}
         self._of_parameter: list[list[Chunk]] = []
+        disks = spread((p.shape for p in self.manifest), index, num_shards, max(1, len(self.areas)))
         for number, parameter in enumerate(self.manifest):
             grid = ChunkGrid.of(parameter.shape)
             here: list[Chunk] = []
@@ -71,11 +74,12 @@ class Shard:
                 if place != index:
                     continue
                 label = f"chunk {chunk} of {parameter.name!r}"
+                area = self.areas[disks[number, chunk]] if self.areas else None
                 home = Home(tier, label, area, parameter, chunk)
                 here.append(Chunk(number, chunk, label, grid.chunk_shape(chunk), parameter.dtype, step, home))
                 self._chunks[number, chunk] = here[-1]
             self._of_parameter.append(here)
-        if area is not None:
+        for area in self.areas:
             area.on_loss = self.fail
         self.schedule = Schedule(list(self)) if tier.limited else None
 
@@ -84,8 +88,8 @@ class Shard:
         for chunk in self:
             chunk.discard()
         self.tier.unreserve(self)
-        if self.area is not None:
-            self.area.drop()
+        for area in self.areas:
+            area.drop()
 
     def fail(self, why: str) -> None:
         self.failed_at = time.monotonic()

@@ -54,7 +54,7 @@ class DataDir:
 
     def empty_working(self) -> None:
         """Removes what a former process could not hold in memory. For the start of a server. Raises OSError."""
-        for folder in self.path.iterdir():
+        for folder in [folder for path in self.paths for folder in path.iterdir()]:
             if _is_job_name(folder.name) and (folder / WORKING).is_dir():
                 shutil.rmtree(folder / WORKING)
                 if not any(folder.iterdir()):

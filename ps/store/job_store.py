@@ -55,8 +55,7 @@ class JobStore:
         self._num_shards = num_shards
         # Where errors of all disks point to.
         self._folder = self.data_dirs[0] / job / GENERATIONS
-        # Spill files are on the first disk.
-        self.working = self.data_dirs[0] / job / WORKING
+        self.working = tuple(data_dir / job / WORKING for data_dir in self.data_dirs)
         self._own_file = shard_file.file_name(shard, num_shards)
         self._disks = GenerationsOnDisks(
             [data_dir / job / GENERATIONS for data_dir in self.data_dirs], shard, num_shards, self._own_file, _key_of

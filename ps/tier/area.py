@@ -115,7 +115,12 @@ class Area:
             self._make_array(array)
             os.makedirs(os.path.dirname(target), mode=0o700, exist_ok=True)
             os.truncate(path, array.chunk_bytes)
-            os.rename(path, target)
+            try:
+                os.rename(path, target)
+            except OSError as error:
+                if error.errno != errno.EXDEV:
+                    raise
+                shutil.move(path, target)
         except OSError as error:
             raise StorageFailed(
                 f"cannot move {label} from {path} to {target}: {error.strerror or error}; build the model again"

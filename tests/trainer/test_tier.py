@@ -1,5 +1,6 @@
 """Servers whose memory holds a tenth of their shard train as those do that hold all of it, bit for bit."""
 
+import tempfile
 from pathlib import Path
 
 import grpc
@@ -53,6 +54,25 @@ def test_a_limited_server_answers_in_the_dtype_of_computation(monkeypatch: pytes
             runs.append(clipped_adamw(cluster.addresses, "deep", 16, WIDTH, [3], "bfloat16"))
     assert runs[0]["losses"] == runs[1]["losses"]
     assert all(torch.equal(runs[0]["params"][name], value) for name, value in runs[1]["params"].items())
+
+
+def test_what_does_not_fit_is_spread_over_the_disks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second is another file system, where there is one: nothing can be linked or renamed across."""
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    shared = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=shared if shared.is_dir() else None) as other:
+        with LocalCluster(1, data_dir=tmp_path / "all") as cluster:
+            expected = clipped_adamw(cluster.addresses, "deep", 16, WIDTH, [2, 4])
+        with LocalCluster(1, data_dir=[tmp_path / "a", Path(other) / "b"], memory="3MiB") as cluster:
+            before = clipped_adamw(cluster.addresses, "deep", 16, WIDTH, [2])
+            for folder in cluster.disks[0]:
+                assert list(folder.glob("deep/working/shard-*/weight/*/c/*/0")), folder
+            cluster.restart(0)
+            assert not [list(folder.glob("deep/working/*")) for folder in cluster.disks[0]][1]
+            after = clipped_adamw(cluster.addresses, "deep", 16, WIDTH, [4])
+    assert before["losses"] + after["losses"] == expected["losses"]
+    assert all(torch.equal(after["params"][name], value) for name, value in expected["params"].items())
 
 
 def train(cluster: LocalCluster, commits: list[int]) -> list[dict]:
