@@ -203,7 +203,11 @@ class Coordinator:
                 self._requests.hurry(state.request)
         missing = list(dict.fromkeys(s for s in states if s.version != version and s.request is None))
         if missing:
+            evicted = self.residency.evicted
             self._make_room(missing, states, who)
+            if self.residency.evicted != evicted:
+                # What went may be used before what the look-ahead has come to.
+                self._frontier = self.forecast.place
             for state in missing:
                 self.residency.allocate(state)
             self._submit(missing, version, urgent=True)
