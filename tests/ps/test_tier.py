@@ -170,6 +170,17 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
+def test_a_part_on_disk_moves_to_another_disk(tier: Tier, area: Area, small_disk: Path) -> None:
+    sources, targets = make_parts(Area(small_disk / "working"), 12), make_parts(area, 12)
+    for number, part in enumerate(sources):
+        fill(tier, part, number)
+    assert any(part.buffer is None for part in sources)
+    for source, target in zip(sources, targets, strict=True):
+        tier.move(source, target)
+    for number, part in enumerate(targets):
+        check(tier, part, number)
+
+
 def test_a_full_disk_is_an_error_that_names_the_file_and_nothing_is_lost(tier: Tier, small_disk: Path) -> None:
     area = Area(small_disk / "working")
     ballast = small_disk / "ballast"

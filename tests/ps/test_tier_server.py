@@ -224,6 +224,36 @@ def test_a_full_disk_fails_a_push_and_loses_nothing(small_disk: Path) -> None:
         train_a_step(again)
 
 
+def test_spills_are_spread_over_the_disks_and_linked_on_each(small_disk: Path, tmp_path: Path) -> None:
+    """Half of the spill files are on each disk, no commit and no restore copies one to the other, and a start
+    empties both."""
+    disks = [tmp_path / "large", small_disk]
+    with LocalCluster(1, data_dir=disks, memory=MEMORY) as cluster:
+        (client,) = start_job(cluster.addresses[0], PARAMETERS, lr=1.0)
+        client.call("Commit", step=0)
+        train_a_step(client)
+        client.call("Commit", step=1)
+        spilled = [weight_files(disk, "working") for disk in cluster.disks[0]]
+        assert min(map(len, spilled)) > len(PARAMETERS) // 4
+        cluster.kill(0)
+        cluster.restart(0)
+        assert not any(weight_files(disk, "working") for disk in cluster.disks[0])
+        again = Client(cluster.addresses[0])
+        again.call("Restore", step=1)
+        for disk in cluster.disks[0]:
+            linked = weight_files(disk, "working")
+            assert len(linked) == len(PARAMETERS) // 2
+            assert linked == weight_files(disk, "generations/00000001")
+        again.open_job(PARAMETERS)
+        for number, weight in enumerate(PARAMETERS.values()):
+            assert torch.equal(again.pull(number, version=1), weight - 1)
+
+
+def weight_files(data_dir: Path, folder: str) -> set[int]:
+    """The inodes of the chunk files of weights in a folder of the job."""
+    return {file.stat().st_ino for file in (data_dir / "job" / folder).glob("**/weight/*/c/*/*")}
+
+
 def go_on(client: Client) -> None:
     """From the commit of step 0, as if nothing had been."""
     client.call("Restore", step=0)
