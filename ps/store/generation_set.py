@@ -196,9 +196,20 @@ def nothing_complete(found: Sequence[FoundFolder], step: int | None) -> str:
     )
     which = "no generation" if step is None else f"no generation of step {step}"
     return (
-        f"{which} is complete over these folders: {described or 'they have none'}. Name all data folders of all "
-        "servers of the set"
+        f"{which} is complete over these folders: {described or 'they have none'}.{_lacking(found)} Name all data "
+        "folders of all servers of the set"
     )
+
+
+def _lacking(found: Sequence[FoundFolder]) -> str:
+    """What the newest commit is not complete without, if it is not: " Step 3 lacks disk 1 of 2 of shard 0/1."."""
+    commits = [(f.key, num_shards) for f in found if f.problem is None for _, num_shards in f.shards]
+    if not commits:
+        return ""
+    key, num_shards = max(commits, key=lambda commit: commit[0].step)
+    missing = missing_parts(found, key, num_shards)
+    more = " and more" if len(missing) > 5 else ""
+    return f" Step {key.step} lacks {', '.join(missing[:5])}{more}." if missing else ""
 
 
 def _check_complete(generation: GenerationSet) -> None:

@@ -297,7 +297,9 @@ def test_a_server_with_several_disks(tmp_path, model):
     everything = [*disks, tmp_path / "b"]
     assert [generation.files for generation in verify(everything, all_steps=True).generations] == [14, 14]
     report = verify(everything[1:])
-    assert not report.ok and "Name all data folders of all servers" in str(report.problems[0])
+    assert not report.ok
+    assert "Step 6 lacks disk 0 of 2 of shard 0/2. Name all data folders of all servers" in str(report.problems[0])
+    assert "lacks" not in str(verify(everything, step=7).problems[0]), "nothing that is there is incomplete"
     # As a server that was killed between the renames on its disks leaves it.
     (disks[1] / "gpt/generations/00000006").rename(disks[1] / "gpt/generations/.00000006.tmp-0")
     report = verify(everything)
