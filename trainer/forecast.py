@@ -30,9 +30,6 @@ class Forecast:
         # Forwards whose backward has not come, oldest first, and how many backwards came since the last.
         self._forwards: list[_Path] = []
         self._backwards = 0
-        # The path taken last by each kind of forward: what inputs of other shapes will lead to, too.
-        self._kind: Hashable = None
-        self._latest: dict[Hashable, _Path] = {}
         # What forwards used and their backwards did not, as the bias of a linear layer.
         self._forward_only: OrderedDict[OffloadedParameter, None] = OrderedDict()
         # The backward that will follow the running forward, or the forward that ended last.
@@ -49,13 +46,11 @@ class Forecast:
     ) -> None:
         """An outermost forward begins.
 
-        kind, inputs: what forwards are told apart by; of two with one kind the second may do as the first.
+        kind, inputs: what forwards are told apart by; those with one kind are a family.
         guess: what a kind may use that was never seen.
         backward: whether one may follow it.
         """
-        latest = self._latest.get(kind)
-        self.trace.begin(("forward", kind, inputs), guess if latest is None else lambda: latest.items)
-        self._kind = kind
+        self.trace.begin(("forward", kind, inputs), guess, family=kind)
         self._in_backward = False
         self._expects_backward = backward
         self._prepare()
@@ -83,11 +78,6 @@ class Forecast:
     def end_forward(self, *, complete: bool) -> None:
         """The outermost forward ended."""
         path = self.trace.end(complete=complete)
-        if path is not None:
-            latest = self._latest.get(self._kind)
-            if path.backward is None and latest is not None and latest.backward is not None:
-                path.backward = Path(latest.backward.items, seen=False)
-            self._latest[self._kind] = path
         if path is None or not self._expects_backward:
             self._beyond = None
             return

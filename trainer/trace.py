@@ -5,7 +5,8 @@ apart by a key (which root module, in which mode, with inputs of which shapes; a
 that it is of), and for each key the last few different paths are kept. A pass follows one of them for as
 long as it does what that path says. When something else is used, the trace looks in all paths of the key
 for the place that the last uses fit best, and the pass goes on from there: a branch, another expert or one
-more turn of a loop costs one surprise, and nothing is forgotten for it.
+more turn of a loop costs one surprise, and nothing is forgotten for it. Kinds of passes that are alike, as inputs
+of other shapes are, form a family: what one of them did is looked through for the others too.
 
 DeepSpeed's `PartitionedParameterCoordinator` keeps one trace and drops it when a module comes that it did
 not expect; the rest of that iteration and all of the next one, which records, are not prefetched.
@@ -47,11 +48,24 @@ class Path(Generic[T]):
     lead: how many seconds before its use an item has to be asked for so that it and what follows are
         there in time, and `clock`, the seconds of compute up to each use; see `trainer.pace`.
     then: the path of the same kind of pass that came after this one when it was taken last.
+    next_of_family: the path of the same family that did.
     backward: the path of the backward that came right after this forward.
     seen: whether a pass took it; else it is a guess.
     """
 
-    __slots__ = ("_before", "_places", "backward", "clock", "gaps", "items", "lead", "number", "seen", "then")
+    __slots__ = (
+        "_before",
+        "_places",
+        "backward",
+        "clock",
+        "gaps",
+        "items",
+        "lead",
+        "next_of_family",
+        "number",
+        "seen",
+        "then",
+    )
 
     _numbers = itertools.count()
 
@@ -61,6 +75,7 @@ class Path(Generic[T]):
         self.lead: list[float] = []
         self.clock: list[float] = []
         self.then: Path[T] | None = None
+        self.next_of_family: Path[T] | None = None
         self.backward: Path[T] | None = None
         self.seen = seen
         self.number = next(Path._numbers)
@@ -99,6 +114,9 @@ class Trace(Generic[T]):
         self.surprises = 0
         self.repaired = 0
         self._kinds: OrderedDict[Hashable, list[Path[T]]] = OrderedDict()
+        # The last different paths of kinds of passes that are alike, the one taken last at the end.
+        self._families: OrderedDict[Hashable, list[Path[T]]] = OrderedDict()
+        self._family: list[Path[T]] = []
         self._key: Hashable = None
         self._latest: dict[Hashable, Path[T]] = {}
         self._path: Path[T] = Path((), seen=False)
@@ -112,14 +130,22 @@ class Trace(Generic[T]):
 
     # ------------------------------------------------------------ passes
 
-    def begin(self, key: Hashable, guess: Callable[[], Sequence[T]]) -> None:
-        """A pass begins. guess: what it may use, for a kind of pass that was never seen."""
+    def begin(self, key: Hashable, guess: Callable[[], Sequence[T]], family: Hashable = None) -> None:
+        """A pass begins.
+
+        guess: what it may use, for a kind of pass of which neither it nor its family was ever seen.
+        family: what kinds of passes have in common that may take the same paths.
+        """
+        self._family = self._family_of(family)
         paths = self._kinds.get(key)
         if paths:
             # A kind of pass that alternates between paths has told which one comes after which.
             latest = self._latest[key]
             self._path = latest.then or latest
             self._kinds.move_to_end(key)
+        elif self._family:
+            recent = self._family[-1]
+            self._path = Path((recent.next_of_family or recent).items, seen=False)
         else:
             self._path = Path(guess(), seen=False)
         self._key = key
@@ -165,6 +191,7 @@ class Trace(Generic[T]):
         if previous is not None:
             previous.then = path
         self._latest[self._key] = path
+        self._join_family(path)
         return path
 
     def _path_taken(self) -> Path[T]:
@@ -201,13 +228,49 @@ class Trace(Generic[T]):
             key, _ = self._kinds.popitem(last=False)
             self._latest.pop(key, None)
 
+    # ------------------------------------------------------------ families
+
+    def _family_of(self, key: Hashable) -> list[Path[T]]:
+        if key is None:
+            return []
+        family = self._families.setdefault(key, [])
+        self._families.move_to_end(key)
+        if len(self._families) > KEYS:
+            self._families.popitem(last=False)
+        return family
+
+    def _join_family(self, path: Path[T]) -> None:
+        """Puts a path that was taken in place of one with the same items, and last."""
+        family = self._family
+        alike = next((known for known in family if known is path or known.items == path.items), None)
+        previous = family[-1] if family else None
+        model = alike or previous
+        if path.backward is None and model is not None and model.backward is not None:
+            path.backward = Path(model.backward.items, seen=False)
+        if alike is not None:
+            path.next_of_family = alike.next_of_family
+            family.remove(alike)
+        family.append(path)
+        gone = [alike] if alike is not None and alike is not path else []
+        gone += family[:-PATHS]
+        del family[:-PATHS]
+        # Only what is in the family is referred to: else each path would keep all that came after it.
+        for known in family:
+            if any(known.next_of_family is other for other in gone):
+                known.next_of_family = path if known.next_of_family is alike else None
+        for other in gone:
+            other.next_of_family = None
+        if previous is not None:
+            (path if previous is alike else previous).next_of_family = path
+
     # ------------------------------------------------------------ repair
 
     def _repair(self, item: T) -> None:
         """Goes to the place that the last uses fit best; stays where it is if nothing else uses the item."""
         best: tuple[int, bool, int] | None = None
         chosen: tuple[Path[T], int] | None = None
-        paths = [self._path, *(p for p in reversed(self._kinds.get(self._key, ())) if p is not self._path)]
+        others = itertools.chain(reversed(self._kinds.get(self._key, ())), reversed(self._family))
+        paths = dict.fromkeys(itertools.chain((self._path,), others))
         left = _CANDIDATES
         for path in paths:
             here = path is self._path

@@ -31,11 +31,17 @@ def items(names: str) -> list[Item]:
 
 
 def walk(
-    trace: Trace[Item], used: str | Sequence[Item], *, key: object = "k", guess: str = "", complete: bool = True
+    trace: Trace[Item],
+    used: str | Sequence[Item],
+    *,
+    key: object = "k",
+    guess: str = "",
+    complete: bool = True,
+    family: object = None,
 ) -> list[bool]:
     """One pass; for each use whether it was expected."""
     used = items(used) if isinstance(used, str) else used
-    trace.begin(key, lambda: items(guess))
+    trace.begin(key, lambda: items(guess), family)
     expected = [trace.use(item) for item in used]
     trace.end(complete=complete)
     return expected
@@ -203,6 +209,51 @@ def test_kinds_of_passes_have_paths_of_their_own() -> None:
     walk(trace, "cba", key="eval")
     assert all(walk(trace, "abc", key="train"))
     assert all(walk(trace, "cba", key="eval"))
+
+
+# ---------------------------------------------------------------- families
+
+
+def test_ways_that_alternate_are_expected_of_kinds_that_were_never_seen() -> None:
+    trace: Trace[Item] = Trace()
+    ways = "abcdxy", "aefghxy"
+    passes = [walk(trace, ways[number % 2], key=number, family="f") for number in range(20)]
+    assert share(passes[3:]) == 1.0
+
+
+def test_another_way_is_found_in_what_kinds_of_the_family_did() -> None:
+    trace: Trace[Item] = Trace()
+    walk(trace, "abcdxy", key=0, family="f")
+    walk(trace, "aefghxy", key=1, family="f")
+    walk(trace, "aefghxy", key=2, family="f")
+    expected = walk(trace, "abcdxy", key=3, family="f")
+    assert expected == [True, False, True, True, True, True]
+    trace = Trace()
+    walk(trace, "abcdxy", key=0)
+    walk(trace, "aefghxy", key=1)
+    assert not any(walk(trace, "aefghxy", key=2)), "of no family"
+
+
+def test_a_path_takes_the_backward_of_the_one_like_it_in_its_family() -> None:
+    trace: Trace[Item] = Trace()
+    for number, (used, backward) in enumerate([("abc", "ca"), ("xyz", "zx")]):
+        walk(trace, used, key=number, family="f")
+        trace.paths(number)[-1].backward = Path(items(backward))
+    walk(trace, "abc", key=2, family="f")
+    backward = trace.paths(2)[-1].backward
+    assert backward is not None and backward.items == items("ca") and not backward.seen
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.sampled_from("bcdefghijkl"), max_size=40), st.integers(1, 50))
+def test_a_family_is_small_and_refers_to_itself_only(ways: list[str], kinds: int) -> None:
+    trace: Trace[Item] = Trace()
+    for number, way in enumerate(ways):
+        walk(trace, f"a{way}z", key=number % kinds, family="f")
+    family = trace._family
+    assert [path.items for path in family[-1:]] == [items(f"a{way}z") for way in ways[-1:]]
+    assert len(family) == min(tracing.PATHS, len(set(ways))) == len({str(path.items) for path in family})
+    assert all(path.next_of_family is None or path.next_of_family in family for path in family)
 
 
 # ---------------------------------------------------------------- what is not kept

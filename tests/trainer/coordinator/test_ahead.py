@@ -93,14 +93,16 @@ def test_ways_taken_by_chance_cost_little(cluster: LocalCluster, job_name: str) 
     same(cluster.addresses, job_name, Ways, run, config=NOTHING_STAYS)
 
 
-def test_inputs_of_ever_new_shapes_do_not_stop_it(cluster: LocalCluster, job_name: str) -> None:
-    """As sentences have, each of its own length."""
+@pytest.mark.parametrize("ways", [1, 2])
+def test_inputs_of_ever_new_shapes_do_not_stop_it(cluster: LocalCluster, job_name: str, ways: int) -> None:
+    """As sentences have, each of its own length; of two ways, both were seen with other lengths."""
 
     def run(model: Any, optimizer: torch.optim.Optimizer) -> None:
         counter = None
         for number in range(12):
-            if number == 2 and find(model) is not None:
+            if number == 1 + ways and find(model) is not None:
                 counter = Counter(model)
+            model.way = number % ways
             model(torch.randn(1 + number, 16)).square().sum().backward()
             step(optimizer)
         assert counter is None or counter.share() >= 0.9
