@@ -104,6 +104,7 @@ def record_timeline(model: nn.Module, path: str | PathLike[str]) -> Iterator[Non
 
     On leaving, `path` gets a file for Perfetto (ui.perfetto.dev) or chrome://tracing: for each module its
     forward and what it waited for, for each parameter when it was requested, arrived and was released.
+    ConfigError if it cannot be written; what was raised inside is raised nevertheless.
     """
     offloaded_model = _offloaded(model)
     coordinator = offloaded_model.coordinator
@@ -112,9 +113,15 @@ def record_timeline(model: nn.Module, path: str | PathLike[str]) -> Iterator[Non
     timeline = coordinator.timeline = Timeline()
     try:
         yield
-    finally:
+    except BaseException as raised:
         coordinator.timeline = None
-        timeline.write(path)
+        try:
+            timeline.write(path)
+        except ConfigError as error:
+            raised.add_note(str(error))
+        raise
+    coordinator.timeline = None
+    timeline.write(path)
 
 
 def _offloaded(model: nn.Module) -> OffloadedModel:

@@ -150,6 +150,9 @@ def test_a_timeline_that_cannot_be_written_says_so(model: nn.Module, tmp_path: P
     nowhere, second = tmp_path / "no-such-folder" / "timeline.json", tmp_path / "second.json"
     with pytest.raises(trainer.ConfigError, match="no-such-folder"), trainer.record_timeline(model, nowhere):
         pass
+    with pytest.raises(RuntimeError, match="ended") as raised, trainer.record_timeline(model, nowhere):
+        raise RuntimeError("the training ended")
+    assert "no-such-folder" in raised.value.__notes__[0], "what ended the training is not lost for it"
     with trainer.record_timeline(model, tmp_path / "timeline.json"):
         with pytest.raises(trainer.ConfigError, match="already"), trainer.record_timeline(model, second):
             pass
