@@ -104,12 +104,15 @@ def record_timeline(model: nn.Module, path: str | PathLike[str]) -> Iterator[Non
 
     On leaving, `path` gets a file for Perfetto (ui.perfetto.dev) or chrome://tracing: for each module its
     forward and what it waited for, for each parameter when it was requested, arrived and was released.
-    ConfigError if it cannot be written; what was raised inside is raised nevertheless.
+    ConfigError, at once, if it cannot be written. If it cannot any more on leaving, what was raised inside
+    is raised nevertheless.
     """
     offloaded_model = _offloaded(model)
     coordinator = offloaded_model.coordinator
     if coordinator.timeline is not None:
         raise ConfigError("a timeline of this model is being recorded already; end that one first")
+    # An empty one: better told now than after a training.
+    Timeline().write(path)
     timeline = coordinator.timeline = Timeline()
     try:
         yield

@@ -149,8 +149,11 @@ def test_a_timeline_is_in_the_trace_event_format(
 def test_a_timeline_that_cannot_be_written_says_so(model: nn.Module, tmp_path: Path) -> None:
     nowhere, second = tmp_path / "no-such-folder" / "timeline.json", tmp_path / "second.json"
     with pytest.raises(trainer.ConfigError, match="no-such-folder"), trainer.record_timeline(model, nowhere):
-        pass
+        pytest.fail("said too late")
+    nowhere.parent.mkdir()
     with pytest.raises(RuntimeError, match="ended") as raised, trainer.record_timeline(model, nowhere):
+        nowhere.unlink()
+        nowhere.parent.rmdir()
         raise RuntimeError("the training ended")
     assert "no-such-folder" in raised.value.__notes__[0], "what ended the training is not lost for it"
     with trainer.record_timeline(model, tmp_path / "timeline.json"):
