@@ -66,8 +66,10 @@ def open_checkpoint(source: Path) -> list[CheckpointTensor]:
 
 
 def _file_in(folder: Path) -> Path:
+    # An export with --state has the optimizer's files beside the model's.
+    files = [path for path in folder.iterdir() if not path.name.startswith(("optimizer.", "optimizer-"))]
     for suffix in (_FILE + _INDEX, _FILE):
-        found = sorted(path for path in folder.iterdir() if path.name.endswith(suffix))
+        found = sorted(path for path in files if path.name.endswith(suffix))
         if len(found) > 1:
             names = ", ".join(path.name for path in found[:5])
             raise ToolError(f"{folder} has several checkpoints ({names}); name one of the files")

@@ -235,6 +235,13 @@ def test_an_index_that_does_not_fit_its_files_is_refused(tmp_path):
         open_checkpoint(index)
 
 
+def test_the_optimizer_beside_an_exported_model_is_passed_over(tmp_path):
+    save(tmp_path / "model.safetensors", {"w": torch.ones(1)})
+    save(tmp_path / "optimizer-00001-of-00001.safetensors", {"exp_avg/w": torch.ones(1)})
+    (tmp_path / "optimizer.safetensors.index.json").write_text("{}")
+    assert [tensor.name for tensor in open_checkpoint(tmp_path)] == ["w"]
+
+
 def test_a_folder_without_one_checkpoint_says_so(tmp_path):
     with pytest.raises(ToolError, match=r"has neither \*.safetensors nor"):
         open_checkpoint(tmp_path)
