@@ -66,7 +66,8 @@ class Job:
         self.transfer = Transfer(self)
         self.model: OffloadedModel | None = None
         self._session = session
-        self._pending: Commit | None = None
+        # The last commit, which may be under way.
+        self.last_commit = Commit(0)
         self._barriers = 0
         self._closed = False
 
@@ -119,7 +120,7 @@ class Job:
                 raise ConfigError(str(error)) from None
         if self.rank != 0:
             return Commit(self.step)
-        self.settle_commit(block=True)
+        self.last_commit.settle(block=True)
         self.transfer.flush()
         self.model.write_buffers()
         request = self._commit_request(text)
@@ -130,10 +131,10 @@ class Job:
             request.renew = request.announce = True
             call_all(self.servers, "Commit", lambda server: _of_session(request, server), self.timeout + 5)
             request.announce = False
-        self._pending = self._start_commit(request)
+        self.last_commit = self._start_commit(request)
         if wait:
-            self._pending.wait()
-        return self._pending
+            self.last_commit.wait()
+        return self.last_commit
 
     def _commit_request(self, metadata: str) -> pb.CommitRequest:
         request = pb.CommitRequest(step=self.step, metadata=metadata, commit_id=new_id(), timeout_seconds=self.timeout)
@@ -162,11 +163,6 @@ class Job:
         ]
         return Commit(request.step, calls, finish)
 
-    def settle_commit(self, *, block: bool) -> None:
-        """Raises why a commit failed if nobody has heard of it. block: wait for its end first."""
-        if self._pending is not None:
-            self._pending.settle(block=block)
-
     def close(self) -> None:
         """Ends the session. The job stays on the servers; what was not committed stays in their memory.
 
@@ -175,7 +171,7 @@ class Job:
         if self._closed:
             return
         try:
-            self.settle_commit(block=True)
+            self.last_commit.settle(block=True)
         finally:
             self._disconnect()
 

@@ -118,7 +118,7 @@ class RemoteOptimizer(Optimizer):
             )
         job, model = self.job, self._owner
         job.check()
-        job.settle_commit(block=False)
+        job.last_commit.settle(block=False)
         if model.optimizer != weakref.ref(self):
             raise ConfigError(
                 f"another RemoteOptimizer was made for job {job.name!r} after this one; a job has one optimizer: use "
