@@ -1,6 +1,8 @@
 # Everything here runs in .venv, which `make install` creates. PYTHON chooses the interpreter it is made
 # from: PYTHON=python3.12 make install.
 PYTHON ?= python3
+# Tests that run at once. Each mostly waits for the processes that it started.
+JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -32,7 +34,7 @@ demo: install ## two servers, two trainers, one real training run (ARGS='--fresh
 	@$(BIN)/zero-ps demo $(ARGS)
 
 test: lint ## lint, types, import rules, then every test
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 lint: install ## ruff, mypy and the import rules between the packages
 	$(BIN)/ruff check --quiet $(SOURCES)
