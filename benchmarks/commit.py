@@ -24,7 +24,7 @@ STEPS = 20
 
 def run(quick: bool) -> list[report.Row]:
     """The row of the medians of blocks."""
-    layers, width, rows, blocks = (4, 1024, 512, 3) if quick else (8, 2048, 1024, 5)
+    layers, width, rows, blocks = (4, 1024, 256, 3) if quick else (6, 2048, 128, 4)
     with (
         tempfile.TemporaryDirectory(prefix="zero-ps-") as folder,
         LocalCluster(1, data_dir=folder) as cluster,
