@@ -81,7 +81,11 @@ def call_all(servers: Sequence[Server], method: str, request: Callable[[Server],
     Waits for all of them also when one fails, so that no server is left with half of a conversation,
     and then raises the first error.
     """
-    calls = [server.start(method, request(server), timeout) for server in servers]
+    return finish_all(servers, [server.start(method, request(server), timeout) for server in servers])
+
+
+def finish_all(servers: Sequence[Server], calls: Sequence["grpc.Future[Any]"]) -> list[Any]:
+    """The responses of calls that were started, one to each server; as `call_all`."""
     responses: list[Any] = []
     failure: Exception | None = None
     for server, call in zip(servers, calls, strict=True):

@@ -12,7 +12,9 @@ import grpc
 from protos import PROTOCOL_VERSION
 from protos import zero_ps_pb2 as pb
 from trainer.errors import RequestRefused, ZeroPsError
-from trainer.server import Server, call_all
+from trainer.server import Server, call_all, finish_all
+
+_UNKNOWN_LEASE_SECONDS = 3.0
 
 
 class Session:
@@ -35,38 +37,50 @@ class Session:
         self.error: ZeroPsError | None = None
         self._servers = servers
         self._closed = threading.Event()
+        # Until a server has said how long a lease is.
+        self._lease = _UNKNOWN_LEASE_SECONDS
+        # One server may answer at once and another only when a former group has ended. The lease on the
+        # first has to last until then, and those who wait for this trainer there have to hear that it lives.
+        self._thread = threading.Thread(target=self._renew, name="zero-ps heartbeat", daemon=True)
+        self._thread.start()
         incarnation = uuid.uuid4().hex
-        self.states: list[pb.OpenSessionResponse] = call_all(
-            servers,
-            "OpenSession",
-            lambda server: pb.OpenSessionRequest(
+        calls = []
+        for shard, server in enumerate(servers):
+            request = pb.OpenSessionRequest(
                 protocol_version=PROTOCOL_VERSION,
                 job=job,
                 rank=rank,
                 world_size=world_size,
                 incarnation=incarnation,
                 read_only=read_only,
-                shard=servers.index(server),
+                shard=shard,
                 num_shards=len(servers),
                 timeout_seconds=timeout,
-            ),
+            )
             # The server waits up to `timeout` for a former group to end and says so itself.
-            timeout + 5,
-        )
+            calls.append(server.start("OpenSession", request, timeout + 5))
+            calls[-1].add_done_callback(functools.partial(self._opened, server))
+        try:
+            self.states: list[pb.OpenSessionResponse] = finish_all(servers, calls)
+        except BaseException:
+            # Nobody is to wait for the end of leases that this trainer has no use for.
+            self.close()
+            raise
         for server, state in zip(servers, self.states, strict=True):
             server.session_id = state.session_id
         self._lease = min(state.lease_seconds for state in self.states)
-        self._thread = threading.Thread(target=self._renew, name="zero-ps heartbeat", daemon=True)
-        self._thread.start()
+
+    def _opened(self, server: Server, call: "grpc.Future[Any]") -> None:
+        if not call.cancelled() and call.exception() is None:
+            server.session_id = call.result().session_id
 
     def _renew(self) -> None:
         """Sends each server its heartbeats, whatever the others do: one that is slow must not cost the
         lease on those that are not."""
         beats: dict[Server, grpc.Future[Any]] = {}
-        interval = self._lease / 3
-        while not self._closed.wait(interval):
+        while not self._closed.wait(interval := self._lease / 3):
             for server in self._servers:
-                if server in beats and not beats[server].done():
+                if not server.session_id or (server in beats and not beats[server].done()):
                     continue
                 request = pb.HeartbeatRequest(session_id=server.session_id)
                 beats[server] = server.start("Heartbeat", request, interval)

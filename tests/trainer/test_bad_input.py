@@ -1,18 +1,23 @@
 """What people get wrong: an error within seconds that says what to do."""
 
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import grpc
 import pytest
 import torch
 from torch import nn
 
 import trainer
+from protos import zero_ps_pb2 as pb
+from protos import zero_ps_pb2_grpc as pb_grpc
 from ps import LocalCluster
 from tests.models import Residual, seeded
+from tests.ps.client import Client
 from tests.ranks import run_ranks
 
 
@@ -103,6 +108,24 @@ def test_trainers_that_disagree_on_the_world_size_are_told(cluster: LocalCluster
     with within(60):
         texts = run_ranks("trainer.runs:wrong_world_size", cluster.addresses, 2, job=job_name, sizes=[2, 3])
     assert any("disagree on world size" in text and "2" in text and "3" in text for text in texts), texts
+
+
+def test_a_trainer_that_one_server_refuses_leaves_the_others(cluster: LocalCluster, job_name: str) -> None:
+    other = Client(cluster.addresses[1], job=job_name, rank=1, world_size=3, shard=1, num_shards=2)
+    # A sign of life while the new trainer waits for it, which tells that it is no former group.
+    alive = threading.Timer(1.0, other.call, ["Heartbeat"])
+    alive.start()
+    try:
+        refused = pytest.raises(trainer.ZeroPsError, match="disagree on world size: rank 1 says 3")
+        with within(15), refused:
+            trainer.connect(cluster.addresses, job=job_name, rank=0, world_size=2)
+        with grpc.insecure_channel(cluster.addresses[0]) as channel:
+            jobs = pb_grpc.ParameterServerStub(channel).Status(pb.StatusRequest(), timeout=20).jobs
+        # At once, and not when the lease ends.
+        assert not [session for found in jobs if found.name == job_name for session in found.sessions]
+    finally:
+        alive.join()
+        other.close()
 
 
 class Homemade(torch.optim.SGD):
