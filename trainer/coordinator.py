@@ -12,7 +12,7 @@ import contextlib
 import math
 import time
 from collections import deque
-from collections.abc import Container, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Container, Hashable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,17 +25,13 @@ from trainer.memory import MemoryPool
 from trainer.pace import Pace
 from trainer.parameter import OffloadedParameter
 from trainer.plan import PlanSender
-from trainer.requests import Request, Requests
+from trainer.requests import Request, Requests, small_ones_together
 from trainer.residency import Residency, cost
 from trainer.statistics import Statistics
 
 if TYPE_CHECKING:
     from trainer.job import Job
     from trainer.timeline import Timeline
-
-
-_SMALL_BYTES = 1 << 20
-"""Less than this does not keep a link busy for as long as a request takes to make."""
 
 
 class Coordinator:
@@ -65,7 +61,6 @@ class Coordinator:
         self._unsaved: deque[OffloadedParameter] = deque()
         # What is being gathered, and must stay until whoever uses it has it.
         self._serving: Sequence[OffloadedParameter] = ()
-        self._timeline: Timeline | None = None
         self._requests.on_arrival = self._arrived
 
     # ------------------------------------------------------------ passes
@@ -81,6 +76,7 @@ class Coordinator:
         self.forecast.begin_forward(kind, signature(inputs), lambda: module_order(module), grad)
         self._begin_pass()
         self._keep_what_comes()
+        self.residency.new_pass()
 
     def end_forward(self, *, complete: bool) -> None:
         """The outermost forward ended. What a backward will need soon may stay."""
@@ -89,6 +85,7 @@ class Coordinator:
         self.forecast.end_forward(complete=complete)
         self._begin_pass()
         self._keep_what_comes()
+        self.residency.new_pass()
         self.release(self.lingering)
         if not self.forecast.expects_backward:
             self._plan.iteration_ended()
@@ -101,6 +98,7 @@ class Coordinator:
         self._end_broken_pass()
         self.forecast.begin_backward()
         self._begin_pass()
+        self.residency.new_pass()
 
     def end_backward(self) -> None:
         """Releases all that backward gathered, also what graphs that are kept will need once more."""
@@ -131,7 +129,6 @@ class Coordinator:
     def _begin_pass(self) -> None:
         self._frontier = self.forecast.place
         self._served_at = time.perf_counter()
-        self.residency.new_pass()
 
     def _end_broken_pass(self) -> None:
         """An exception or an interrupt may have ended a pass before its end."""
@@ -177,8 +174,8 @@ class Coordinator:
             self._gather(states, version, who)
         self._served_at = time.perf_counter()
         self.statistics.stalled(who, self._served_at - began)
-        if self._timeline is not None:
-            self._timeline.waited(who, began, self._served_at)
+        if self.timeline is not None:
+            self.timeline.waited(who, began, self._served_at)
 
     def _note_uses(self, states: Sequence[OffloadedParameter], version: int, who: str) -> None:
         gap = time.perf_counter() - self._served_at
@@ -189,8 +186,8 @@ class Coordinator:
             if not state.persistent:
                 self.statistics.gather(hit=state.version == version or state.request is not None)
         self._served_at = time.perf_counter()
-        if self._timeline is not None:
-            self._timeline.used(states, who, self._served_at)
+        if self.timeline is not None:
+            self.timeline.used(states, who, self._served_at)
 
     def _gather(self, states: Sequence[OffloadedParameter], version: int, who: str) -> None:
         for state in states:
@@ -236,14 +233,14 @@ class Coordinator:
 
     def _submit(self, states: Sequence[OffloadedParameter], version: int, *, urgent: bool) -> None:
         self._plan.asked(states)
-        if self._timeline is not None:
-            self._timeline.requested(states, time.perf_counter(), urgent=urgent)
+        if self.timeline is not None:
+            self.timeline.requested(states, time.perf_counter(), urgent=urgent)
         self._requests.submit(states, version, urgent=urgent)
 
     def _arrived(self, request: Request) -> None:
         """From any thread."""
-        if self._timeline is not None:
-            self._timeline.arrived(request.states, request.arrived_at)
+        if self.timeline is not None:
+            self.timeline.arrived(request.states, request.arrived_at)
 
     def _make_room(self, missing: Sequence[OffloadedParameter], states: Sequence[OffloadedParameter], who: str) -> None:
         """Makes room for what a module waits for. Raises OutOfBudget if there can be none."""
@@ -260,10 +257,6 @@ class Coordinator:
             self._outlast(request)
         if not self.residency.make_room(nbytes, elements, -1, keep):
             raise self.residency.out_of_budget(list(dict.fromkeys(states)), who)
-
-    def fetch_for_backward(self, state: OffloadedParameter) -> None:
-        """Gathers a parameter until nothing in the running backward needs it."""
-        self.fetch((state,), state.module_name)
 
     def fetch_for_good(self, states: Sequence[OffloadedParameter]) -> None:
         """Gathers what stops being offloaded, whatever the limits."""
@@ -287,7 +280,6 @@ class Coordinator:
             # What was asked for along another path and has not left yet may not be needed any more.
             self._withdraw()
             self.forecast.jumped = False
-            self._frontier = self.forecast.place
         self._frontier = max(self._frontier, self.forecast.place)
         while (state := self.forecast.at(self._frontier)) is not None:
             if state.version == version or state.request is not None:
@@ -295,12 +287,12 @@ class Coordinator:
                 continue
             if not self.forecast.is_due(self._frontier, self._requests.backlog_bytes):
                 return
-            bucket = self._next_bucket(bucket_elements, version)
+            with self._plain_tensors():
+                bucket = self._next_bucket(bucket_elements, version)
+                for together in small_ones_together(bucket):
+                    self._submit(together, version, urgent=False)
             if not bucket:
                 return
-            with self._plain_tensors():
-                for together in _small_ones_together(bucket):
-                    self._submit(together, version, urgent=False)
 
     def _next_bucket(self, bucket_elements: int, version: int) -> list[OffloadedParameter]:
         """Takes from the frontier on what goes into one request, and gives it memory."""
@@ -316,8 +308,7 @@ class Coordinator:
                     break
                 if not state.resident_bytes and not self._room_ahead(state, keep):
                     break
-                with self._plain_tensors():
-                    self.residency.allocate(state)
+                self.residency.allocate(state)
                 bucket[state] = None
                 keep.add(state)
                 elements += state.numel
@@ -425,11 +416,11 @@ class Coordinator:
     @property
     def timeline(self) -> "Timeline | None":
         """Where it is written down what happens when, if anywhere."""
-        return self._timeline
+        return self.residency.timeline
 
     @timeline.setter
     def timeline(self, timeline: "Timeline | None") -> None:
-        self._timeline = self.residency.timeline = timeline
+        self.residency.timeline = timeline
 
     @contextlib.contextmanager
     def _plain_tensors(self) -> Any:
@@ -444,26 +435,6 @@ class Coordinator:
         if torch._C._autograd._profiler_enabled():
             return torch.autograd.profiler.record_function(f"zero-ps gather {who}")
         return contextlib.nullcontext()
-
-
-def _small_ones_together(bucket: Sequence[OffloadedParameter]) -> Iterator[list[OffloadedParameter]]:
-    """Cuts a bucket into requests. A large parameter is a request of its own: a module is not to wait for
-    the neighbours of what it needs. Small ones share one, which costs as much as they do."""
-    small: list[OffloadedParameter] = []
-    small_bytes = 0
-    for state in bucket:
-        if state.nbytes < _SMALL_BYTES:
-            small.append(state)
-            small_bytes += state.nbytes
-            if small_bytes < _SMALL_BYTES:
-                continue
-        if small:
-            yield small
-            small, small_bytes = [], 0
-        if state.nbytes >= _SMALL_BYTES:
-            yield [state]
-    if small:
-        yield small
 
 
 def in_backward() -> bool:

@@ -84,7 +84,7 @@ class Forecast:
         if self._backwards:
             self._forwards, self._backwards = [], 0
         self._forwards = [*self._forwards, path][-_FORWARDS:]
-        self._beyond = path.backward or self._guessed_backward(path)
+        self._beyond = self._backward_of(path)
         if not self._beyond.seen:
             # A forward of which no graph is left, as in an evaluation without no_grad, has no backward.
             self._beyond = Path([state for state in self._beyond.items if state.saved], seen=False)
@@ -127,7 +127,7 @@ class Forecast:
         path = self.trace.path
         self._beyond = None
         if self._expects_backward:
-            self._beyond = path.backward or self._guessed_backward(path)
+            self._beyond = self._backward_of(path)
             self._pace.prepare(self._beyond)
         self._pace.prepare(path, self._beyond.lead[0] if self._beyond is not None and self._beyond.lead else 0.0)
 
@@ -145,8 +145,8 @@ class Forecast:
             return self._forwards[0].backward.items
         return self._reversed(self._forwards)
 
-    def _guessed_backward(self, forward: _Path) -> _Path:
-        return Path(self._reversed([forward]), seen=False)
+    def _backward_of(self, forward: _Path) -> _Path:
+        return forward.backward or Path(self._reversed([forward]), seen=False)
 
     def _reversed(self, forwards: Sequence[_Path]) -> list[OffloadedParameter]:
         return [

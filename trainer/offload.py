@@ -301,7 +301,7 @@ class OffloadedModel:
 
     def _fetch_for_backward(self, state: OffloadedParameter) -> None:
         self._enter_backward()
-        self.coordinator.fetch_for_backward(state)
+        self.coordinator.fetch((state,), state.module_name)
 
     def _enter_backward(self) -> None:
         # By the task's number: a backward that failed never called back.

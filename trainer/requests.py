@@ -22,6 +22,9 @@ WINDOW_BYTES = 16 << 20
 """How many bytes are asked of each server at once: enough to keep it busy, and no more than what an urgent
 request may have to wait for."""
 
+_SMALL_BYTES = 1 << 20
+"""Less than this does not keep a link busy for as long as a request takes to make."""
+
 _PIECE_BYTES = 8 << 20
 """Parameters larger than this are asked for in pieces."""
 
@@ -218,6 +221,26 @@ class Requests:
             self._changed.notify_all()
         if self.on_arrival is not None:
             self.on_arrival(request)
+
+
+def small_ones_together(bucket: Sequence[OffloadedParameter]) -> Iterator[list[OffloadedParameter]]:
+    """Cuts a bucket into requests. A large parameter is a request of its own: a module is not to wait for
+    the neighbours of what it needs. Small ones share one, which costs as much as they do."""
+    small: list[OffloadedParameter] = []
+    small_bytes = 0
+    for state in bucket:
+        if state.nbytes < _SMALL_BYTES:
+            small.append(state)
+            small_bytes += state.nbytes
+            if small_bytes < _SMALL_BYTES:
+                continue
+        if small:
+            yield small
+            small, small_bytes = [], 0
+        if state.nbytes >= _SMALL_BYTES:
+            yield [state]
+    if small:
+        yield small
 
 
 def _runs(grid: ChunkGrid, itemsize: int) -> Iterable[range]:
