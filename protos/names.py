@@ -2,18 +2,14 @@
 
 import re
 
-_JOB = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
+_WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 _ID = re.compile(r"[0-9a-f]{1,64}")
 _PARAMETER = re.compile(r"[A-Za-z0-9_][^/\\\x00-\x1f\x7f]{0,199}")
 
 
 def check_job_name(name: str) -> None:
     """Raises ValueError unless `name` is 1 to 100 letters, digits, '_', '-' and '.', '.' not first."""
-    if not isinstance(name, str) or not _JOB.fullmatch(name):
-        raise ValueError(
-            f"job name {name!r} is not valid: use 1 to 100 letters, digits, '_', '-' and '.', "
-            "beginning with a letter or a digit"
-        )
+    _check_word("job name", name)
 
 
 def check_parameter_name(name: str) -> None:
@@ -30,10 +26,14 @@ def check_parameter_name(name: str) -> None:
 
 def check_tag(tag: str) -> None:
     """Raises ValueError unless `tag` can name a commit that is to be kept; the rules are those of job names."""
-    if not isinstance(tag, str) or not _JOB.fullmatch(tag):
+    _check_word("tag", tag)
+
+
+def _check_word(what: str, text: str) -> None:
+    if not isinstance(text, str) or not _WORD.fullmatch(text):
         raise ValueError(
-            f"tag {tag!r} is not valid: use 1 to 100 letters, digits, '_', '-' and '.', beginning with a letter or a "
-            "digit"
+            f"{what} {text!r} is not valid: use 1 to 100 letters, digits, '_', '-' and '.', beginning with a letter "
+            "or a digit"
         )
 
 

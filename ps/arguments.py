@@ -2,7 +2,7 @@
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     import torch
@@ -16,6 +16,26 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def add_folders(parser: argparse.ArgumentParser, name: str, about: str, flag: str | None = None) -> None:
+    """Adds one or more data folders, positional or behind a flag; `name` is where they are in the options."""
+    named: dict[str, Any] = {"dest": name, "required": True} if flag else {}
+    parser.add_argument(flag or name, nargs="+", type=path, metavar="DIR", help=about, **named)
+
+
+def add_commit(parser: argparse.ArgumentParser) -> None:
+    """Adds which commit of which job."""
+    add_job(parser)
+    add_step(parser)
+
+
+def add_job(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--job", help="which job, where the folders hold several")
+
+
+def add_step(parser: "argparse._ActionsContainer") -> None:
+    parser.add_argument("--step", type=step, metavar="N", help="which commit (default: the newest)")
 
 
 def size(text: str) -> int:

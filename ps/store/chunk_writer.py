@@ -1,8 +1,5 @@
 """Writes chunks while they are being handed over: many files in flight, synced behind."""
 
-import errno
-import os
-import shutil
 import threading
 from collections import defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
@@ -28,9 +25,6 @@ copied together first: a call costs half a millisecond, however little it writes
 
 TOGETHER = 32
 """The most small tensors of one call: each is a file, and a call's files are synced one after another."""
-
-NO_LINKS = (errno.EXDEV, errno.EMLINK, errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP)
-"""Why a file cannot be linked here and has to be copied: another file system, too many links, none at all."""
 
 
 class _Handover:
@@ -213,16 +207,11 @@ class ChunkWriter:
         key = array.chunk_key(chunk)
         target = disk.folder / key
         target.parent.mkdir(mode=durable.FOLDER_MODE, parents=True, exist_ok=True)
-        synced = file.synced
         try:
-            os.link(file.path, target)
+            linked = durable.link_or_copy(file.path, target)
         except FileNotFoundError as error:
             raise DamagedError(f"{file.path}, which holds chunk {chunk} of {array.path}, is gone") from error
-        except OSError as error:
-            if error.errno not in NO_LINKS:
-                raise
-            shutil.copyfile(file.path, target)
-            synced = False
+        if not linked:
             self._count(array.chunk_bytes)
         size = target.stat().st_size
         if size != array.chunk_bytes:
@@ -230,7 +219,7 @@ class ChunkWriter:
         known = file.crc32c
         disk.written[array][chunk] = checksum.of_file(target) if known is None else known
         handover.done()
-        if not synced:
+        if not (linked and file.synced):
             self._sync(disk, [key])
 
     def _wrote(self, disk: _Disk, keys: list[str], size: int) -> None:

@@ -1,5 +1,6 @@
 """Files and folders that survive a crash: written, synced, and only then given their name."""
 
+import errno
 import os
 import secrets
 import shutil
@@ -9,6 +10,9 @@ from pathlib import Path
 
 FOLDER_MODE = 0o700
 """Folders are the owner's alone: weights and gradients are nobody else's business."""
+
+_NO_LINKS = (errno.EXDEV, errno.EMLINK, errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP)
+"""Why a file cannot be linked here and has to be copied: another file system, too many links, none at all."""
 
 
 def sync(path: Path | str) -> None:
@@ -70,6 +74,21 @@ def remove_folder(folder: Path) -> None:
     folder.rename(doomed)
     sync(folder.parent)
     shutil.rmtree(doomed)
+
+
+def link_or_copy(source: Path | str, target: Path | str) -> bool:
+    """Gives a file a second name; where that cannot be, copies it. Returns whether it was linked.
+
+    Raises OSError. A copy is not synced.
+    """
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        shutil.copyfile(source, target)
+        return False
+    return True
 
 
 def drain(results: Iterable[None]) -> None:

@@ -19,8 +19,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from ps.errors import StorageFailed
+from ps.store import durable
 from ps.store.arrays import METADATA_FILE, ChunkedArray, group_metadata
-from ps.store.chunk_writer import NO_LINKS
 from ps.tier import direct
 
 _EXCHANGE = 2
@@ -97,12 +97,7 @@ class Area:
         try:
             self._make_array(array)
             os.makedirs(os.path.dirname(target), mode=0o700, exist_ok=True)
-            try:
-                os.link(source, target)
-            except OSError as error:
-                if error.errno not in NO_LINKS:
-                    raise
-                shutil.copyfile(source, target)
+            durable.link_or_copy(source, target)
         except OSError as error:
             raise StorageFailed(
                 f"cannot link {label} from {source} to {target}: {error.strerror or error}; restore another generation"

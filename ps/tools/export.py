@@ -2,7 +2,6 @@
 
 import argparse
 import sys
-from pathlib import Path
 
 from ps import arguments
 
@@ -32,9 +31,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "folders", nargs="+", type=Path, metavar="DIR", help="data folders of all servers of the set, in any order"
-    )
+    arguments.add_folders(parser, "folders", "data folders of all servers of the set, in any order")
     parser.add_argument("--format", choices=FORMATS, required=True, help="what to write")
     parser.add_argument("--out", type=arguments.path, required=True, metavar="OUT", help="the folder to create")
     parser.add_argument(
@@ -42,8 +39,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         choices=arguments.DTYPES,
         help="convert what is floating point in the model (default: as stored, which is fp32 for what is trained)",
     )
-    parser.add_argument("--job", help="which job, where the folders hold several")
-    parser.add_argument("--step", type=arguments.step, metavar="N", help="which commit (default: the newest)")
+    arguments.add_commit(parser)
     parser.add_argument("--state", action="store_true", help="also the optimizer's state, in files of its own")
     parser.add_argument(
         "--max-shard-size",

@@ -42,37 +42,18 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         metavar="PATH",
         help="a .safetensors file, an index (.index.json), or a folder with one of them",
     )
-    parser.add_argument(
-        "--to",
-        dest="folders",
-        nargs="+",
-        type=arguments.path,
-        required=True,
-        metavar="DIR",
-        help="one data folder for each server, the first for shard 0; they need not exist",
+    arguments.add_folders(
+        parser, "folders", "one data folder for each server, the first for shard 0; they need not exist", flag="--to"
     )
     parser.add_argument("--job", required=True, help="the job's name, which must be new in these folders")
     parser.add_argument("--map", nargs="+", action="extend", default=[], metavar="OLD=NEW", help="see below")
     parser.add_argument("--map-file", type=Path, metavar="FILE", help="more of these, one a line")
-    parser.add_argument(
-        "--skip", nargs="+", action="extend", default=[], metavar="PATTERN", help="names in the checkpoint to leave out"
-    )
-    parser.add_argument(
-        "--frozen",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="PATTERN",
-        help="names in the model that are not trained: they keep their dtype. All others get fp32 masters",
-    )
-    parser.add_argument(
-        "--buffers",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="PATTERN",
-        help="names in the model that are persistent buffers",
-    )
+    for flag, about in (
+        ("--skip", "names in the checkpoint to leave out"),
+        ("--frozen", "names in the model that are not trained: they keep their dtype. All others get fp32 masters"),
+        ("--buffers", "names in the model that are persistent buffers"),
+    ):
+        parser.add_argument(flag, nargs="+", action="extend", default=[], metavar="PATTERN", help=about)
     parser.add_argument(
         "--dtype",
         choices=arguments.DTYPES,

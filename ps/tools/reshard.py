@@ -28,26 +28,13 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--from",
-        dest="sources",
-        nargs="+",
-        type=arguments.path,
-        required=True,
-        metavar="DIR",
-        help="data folders of all servers that have the commit, in any order",
+    arguments.add_folders(
+        parser, "sources", "data folders of all servers that have the commit, in any order", flag="--from"
     )
-    parser.add_argument(
-        "--to",
-        dest="targets",
-        nargs="+",
-        type=arguments.path,
-        required=True,
-        metavar="DIR",
-        help="data folders of the new servers, that of shard 0 first; new or empty",
+    arguments.add_folders(
+        parser, "targets", "data folders of the new servers, that of shard 0 first; new or empty", flag="--to"
     )
-    parser.add_argument("--job", help="which job, where the folders hold several")
-    parser.add_argument("--step", type=arguments.step, metavar="N", help="which commit (default: the newest)")
+    arguments.add_commit(parser)
     parser.add_argument(
         "--move",
         action="store_true",

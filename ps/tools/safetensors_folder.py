@@ -30,7 +30,6 @@ class SafetensorsFolder:
         max_shard_bytes: int,
     ) -> None:
         self._folder = folder
-        self._base = base
         shards = list(_split(tensors, max_shard_bytes))
         self._files: list[TensorFile] = []
         self._file_of: dict[WholeTensor, TensorFile] = {}

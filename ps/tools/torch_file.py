@@ -92,8 +92,3 @@ def _write_directory(path: Path, checksums: dict[str, int]) -> None:
             place += _CENTRAL_ENTRY.size + sum(_CENTRAL_ENTRY.unpack_from(directory, place))
         file.seek(position)
         file.write(directory)
-
-
-def model_content(tensors: dict[WholeTensor, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """As `nn.Module.state_dict` gives it."""
-    return {tensor.name: value for tensor, value in tensors.items()}

@@ -32,16 +32,10 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "folders",
-        nargs="+",
-        type=arguments.path,
-        metavar="DIR",
-        help="data folders of all servers of the set, in any order",
-    )
-    parser.add_argument("--job", help="which job, where the folders hold several")
+    arguments.add_folders(parser, "folders", "data folders of all servers of the set, in any order")
+    arguments.add_job(parser)
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--step", type=arguments.step, metavar="N", help="which commit (default: the newest)")
+    arguments.add_step(which)
     which.add_argument("--all-steps", action="store_true", help="every commit that is complete")
     parser.add_argument("--json", action="store_true", help="print what was found as one JSON object")
     parser.set_defaults(run=run)
