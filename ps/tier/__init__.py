@@ -4,10 +4,12 @@
 """
 
 from ps.tier.area import Area
+from ps.tier.incoming import Incoming
+from ps.tier.leases import Lease
 from ps.tier.part import NEVER, SMALL_BYTES, Part
 from ps.tier.policy import FarthestNextUse, LeastRecentlyUsed, Policy, policy_named
 from ps.tier.read_ahead import ReadAhead
-from ps.tier.tier import Incoming, Lease, Tier
+from ps.tier.tier import Tier
 
 __all__ = [
     "NEVER",

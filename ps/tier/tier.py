@@ -17,48 +17,23 @@ its way in may be held by a trainer that has fallen silent; this is why it has a
 Without a limit there is nothing to wait for, there are no threads and no files: parts are plain tensors.
 """
 
-from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
-from types import TracebackType
 
 import torch
 
 from protos.sizes import format_bytes
 from ps.errors import OutOfBudget, StorageFailed
 from ps.monitor import Monitor, Patience
-from ps.tier.buffers import Buffer, page_aligned
+from ps.tier.incoming import Arrivals, Incoming
+from ps.tier.leases import ALWAYS, Lease, Leases
 from ps.tier.part import Part
 from ps.tier.policy import FarthestNextUse, Policy
 from ps.tier.room import AHEAD_BYTES, Room
+from ps.tier.shares import Shares
 
 WAIT_SECONDS = 300.0
 """How long to wait for memory where a caller states no time."""
-
-
-class Lease:
-    """Parts that are in memory until the block ends, and memory for what the block allocates itself."""
-
-    def __init__(self, tier: "Tier", parts: Sequence[Part], scratch_bytes: int) -> None:
-        self._tier = tier
-        self.parts = parts
-        self.scratch_bytes = scratch_bytes
-
-    def __enter__(self) -> "Lease":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._tier.release(self)
-
-
-class Incoming:
-    """Memory for a tensor that is on its way in. It becomes a part's, or is given back."""
-
-    def __init__(self, tensor: torch.Tensor, buffer: Buffer | None) -> None:
-        self.tensor = tensor
-        self.buffer = buffer
 
 
 class Tier:
@@ -69,23 +44,30 @@ class Tier:
 
     def __init__(self, limit_bytes: int | None = None, policy: Policy | None = None) -> None:
         self.limit_bytes = limit_bytes
-        self.incoming_limit_bytes = 0 if limit_bytes is None else limit_bytes // 4
         self._monitor = Monitor()
-        self._room = None if limit_bytes is None else Room(limit_bytes, policy or FarthestNextUse(), self._monitor)
         self._reserved: dict[object, int] = {}
-        self._reserved_bytes = 0
-        self._leased_bytes = 0
-        self._incoming_bytes = 0
-        self._lease_queue: deque[object] = deque()
-        self._incoming_queue: deque[object] = deque()
+        self._shares = Shares(limit_bytes or 0)
+        self._room: Room | None = None
+        self._leases: Leases | None = None
+        self._arrivals: Arrivals | None = None
+        if limit_bytes is not None:
+            self._room = Room(limit_bytes, policy or FarthestNextUse(), self._monitor)
+            self._leases = Leases(self._room, self._shares, self._monitor)
+            self._arrivals = Arrivals(self._room, self._shares, self._monitor)
 
     @property
     def limited(self) -> bool:
         return self._room is not None
 
     @property
+    def incoming_limit_bytes(self) -> int:
+        """The most that data on its way in may take."""
+        return self._shares.incoming_limit_bytes
+
+    @property
     def lease_limit_bytes(self) -> int:
-        return (self.limit_bytes or 0) - self.incoming_limit_bytes - self._reserved_bytes
+        """The most that leases may take together."""
+        return self._shares.lease_limit_bytes
 
     @property
     def ahead_limit_bytes(self) -> int:
@@ -138,135 +120,19 @@ class Tier:
         them. scratch_bytes: memory that the caller takes besides.
         Raises OutOfBudget, naming `what`, for more than can ever be there; StorageFailed; Timeout.
         """
-        room = self._room
-        if room is None:
-            return _ALWAYS
-        new = [part for part in fresh if part.spillable]
-        parts = list(dict.fromkeys([*new, *(part for part in read if part.spillable)]))
-        if not parts and not scratch_bytes:
-            return _ALWAYS
-        lease = Lease(self, parts, page_aligned(scratch_bytes))
-        what = what or (parts[0].label if parts else "a computation")
-        self.check_fits(sum(part.size for part in parts) + lease.scratch_bytes, what)
-        patience = patience or Patience.of(WAIT_SECONDS)
-        with self._monitor:
-            self._admit(lease, what, patience)
-            try:
-                self._fill(room, lease, set(new), what, patience)
-            except BaseException:
-                self.release(lease)
-                raise
-        return lease
+        if self._leases is None:
+            return ALWAYS
+        return self._leases.take(read, fresh, scratch_bytes, what, patience or Patience.of(WAIT_SECONDS))
 
     def check_fits(self, size: int, what: str) -> None:
         """Raises OutOfBudget if `size` bytes can never be in use together."""
-        if self.limit_bytes is not None and size > self.lease_limit_bytes:
-            least = -(-(size + self._reserved_bytes) * 4 // 3)
-            raise OutOfBudget(
-                f"{what} needs {format_bytes(size)} in memory at once, and this server has "
-                f"{format_bytes(max(0, self.lease_limit_bytes))} for that: of its --memory of "
-                f"{format_bytes(self.limit_bytes)}, {format_bytes(self.incoming_limit_bytes)} are for data on its way "
-                f"in and {format_bytes(self._reserved_bytes)} for what is too small to spill; start it with --memory "
-                f"{least} ({format_bytes(least)}) or more"
-            )
+        if self.limited:
+            self._shares.check_fits(size, what)
 
     def check_arrives(self, size: int, what: str) -> None:
         """Raises OutOfBudget if `size` bytes can never come in together."""
-        if self.limit_bytes is not None and page_aligned(size) > self.incoming_limit_bytes:
-            least = 4 * page_aligned(size)
-            raise OutOfBudget(
-                f"{what} comes in {format_bytes(size)} at once, and this server takes in "
-                f"{format_bytes(self.incoming_limit_bytes)}, a quarter of its --memory of "
-                f"{format_bytes(self.limit_bytes)}; start it with --memory {least} ({format_bytes(least)}) or more"
-            )
-
-    def release(self, lease: Lease) -> None:
-        with self._monitor:
-            assert self._room is not None
-            for part in lease.parts:
-                part.pins -= 1
-                if not part.pins:
-                    self._leased_bytes -= part.size
-                    self._room.idle(part)
-            self._leased_bytes -= lease.scratch_bytes
-            self._room.untake(lease.scratch_bytes)
-            lease.parts, lease.scratch_bytes = (), 0
-            self._room.pump()
-            self._monitor.changed()
-
-    def _admit(self, lease: Lease, what: str, patience: Patience) -> None:
-        """Pins the parts once leases together stay below their limit; the oldest is first."""
-
-        def fits() -> bool:
-            if self._lease_queue[0] is not lease:
-                return False
-            new = lease.scratch_bytes + sum(part.size for part in lease.parts if not part.pins)
-            return self._leased_bytes + new <= self.lease_limit_bytes
-
-        self._lease_queue.append(lease)
-        try:
-            self._monitor.wait_until(
-                fits,
-                patience,
-                lambda: (
-                    f"others to finish with {format_bytes(self._leased_bytes)} in memory, so that {what} finds room"
-                ),
-            )
-        finally:
-            self._lease_queue.remove(lease)
-            self._monitor.changed()
-        for part in lease.parts:
-            if not part.pins:
-                self._leased_bytes += part.size
-            part.pins += 1
-        self._leased_bytes += lease.scratch_bytes
-
-    def _fill(self, room: Room, lease: Lease, fresh: set[Part], what: str, patience: Patience) -> None:
-        """Gives every part of a lease that was admitted its memory and its content."""
-        if scratch := lease.scratch_bytes:
-            # Until it is taken, `release` must not give it back.
-            lease.scratch_bytes = 0
-            self._leased_bytes -= scratch
-            room.wait(scratch, what, patience)
-            room.take(scratch)
-            self._leased_bytes += scratch
-            lease.scratch_bytes = scratch
-        for part in lease.parts:
-            part.error = None
-            room.ahead_done(part)
-        # Every read is under way before the first is waited for.
-        for wait_for_it in (False, True):
-            for part in lease.parts:
-                self._begin(room, part, part in fresh, what, patience)
-                if wait_for_it:
-                    self._await(part, patience)
-                    # Another lease was to load it, and gave up.
-                    while part.buffer is None:
-                        self._begin(room, part, part in fresh, what, patience)
-                        self._await(part, patience)
-
-    def _begin(self, room: Room, part: Part, fresh: bool, what: str, patience: Patience) -> None:
-        if part.buffer is not None or part.busy is not None:
-            return
-        # Claimed: other leases of the part wait for this one.
-        part.busy = "loading"
-        try:
-            room.wait(part.size, what, patience)
-        finally:
-            part.busy = None
-            self._monitor.changed()
-        room.allocate(part)
-        if fresh:
-            part.filled = False
-        elif part.filled:
-            room.load(part)
-
-    def _await(self, part: Part, patience: Patience) -> None:
-        self._monitor.wait_until(
-            lambda: part.busy != "loading", patience, lambda: f"the disk to read {part.label} back"
-        )
-        if part.error is not None:
-            raise part.error
+        if self.limited:
+            self._shares.check_arrives(size, what)
 
     # ------------------------------------------------------------ data on its way in
 
@@ -274,44 +140,16 @@ class Tier:
         self, shape: tuple[int, ...], dtype: torch.dtype, what: str, patience: Patience | None = None
     ) -> Incoming:
         """Waits for memory for a tensor that is about to arrive. Raises OutOfBudget and Timeout."""
-        room = self._room
-        if room is None:
+        if self._arrivals is None:
             return Incoming(torch.empty(shape, dtype=dtype), None)
-        nbytes = torch.Size(shape).numel() * dtype.itemsize
-        size = page_aligned(max(1, nbytes))
-        self.check_arrives(size, what)
-        patience = patience or Patience.of(WAIT_SECONDS)
-        ticket = object()
-        with self._monitor:
-            self._incoming_queue.append(ticket)
-            try:
-                self._monitor.wait_until(
-                    lambda: (
-                        self._incoming_queue[0] is ticket and self._incoming_bytes + size <= self.incoming_limit_bytes
-                    ),
-                    patience,
-                    lambda: f"{format_bytes(self._incoming_bytes)} on their way in, so that {what} finds room",
-                )
-                self._incoming_bytes += size
-            finally:
-                self._incoming_queue.remove(ticket)
-                self._monitor.changed()
-            try:
-                room.wait(size, what, patience)
-            except BaseException:
-                self._incoming_bytes -= size
-                raise
-            buffer = room.buffer(size)
-        return Incoming(buffer.view(shape, dtype, nbytes), buffer)
+        return self._arrivals.begin(shape, dtype, what, patience or Patience.of(WAIT_SECONDS))
 
     def give_back(self, incoming: Incoming) -> None:
         """What came in is not needed any more. Does nothing after `adopt`."""
-        if self._room is None or incoming.buffer is None:
+        if self._room is None or self._arrivals is None or incoming.buffer is None:
             return
         with self._monitor:
-            self._incoming_bytes -= incoming.buffer.size
-            self._room.give(incoming.buffer)
-            incoming.buffer = None
+            self._room.give(self._arrivals.end(incoming))
             self._room.pump()
 
     def adopt(self, part: Part, incoming: Incoming) -> torch.Tensor | None:
@@ -327,15 +165,13 @@ class Tier:
             part.changed()
             return spare
         with self._monitor:
-            assert self._room is not None and incoming.buffer is not None
+            assert self._room is not None and self._arrivals is not None
             self._monitor.wait_until(
                 lambda: part.busy is None,
                 Patience.of(WAIT_SECONDS),
                 lambda: f"the disk to be done with {part.label}",
             )
-            self._room.install(part, incoming.buffer)
-            incoming.buffer = None
-            self._incoming_bytes -= part.size
+            self._room.install(part, self._arrivals.end(incoming))
             part.changed()
             if not part.pins:
                 self._room.idle(part)
@@ -469,32 +305,31 @@ class Tier:
         """Sets how much an owner keeps in memory for good. Waits for the room. Raises OutOfBudget."""
         if self._room is None or self.limit_bytes is None:
             return
+        shares = self._shares
         with self._monitor:
             more = size - self._reserved.get(owner, 0)
-            # What leases are for is not all to be taken away for good.
-            left = (self.limit_bytes - self.incoming_limit_bytes) // 2 - self._reserved_bytes
-            if more > left:
+            if more > shares.left_to_reserve_bytes:
                 raise OutOfBudget(
                     f"{what} needs {format_bytes(size)} that cannot be spilled, and this server has "
-                    f"{format_bytes(max(0, left))} left for that of its --memory of {format_bytes(self.limit_bytes)}; "
-                    "give it more, or use more servers"
+                    f"{format_bytes(shares.left_to_reserve_bytes)} left for that of its --memory of "
+                    f"{format_bytes(self.limit_bytes)}; give it more, or use more servers"
                 )
             if more > 0:
                 # Leases that were admitted before have a right to theirs.
                 self._monitor.wait_until(
-                    lambda: self._leased_bytes + more <= self.lease_limit_bytes,
+                    lambda: shares.leased_bytes + more <= shares.lease_limit_bytes,
                     patience or Patience.of(WAIT_SECONDS),
-                    lambda: f"others to finish with {format_bytes(self._leased_bytes)} in memory, for {what}",
+                    lambda: f"others to finish with {format_bytes(shares.leased_bytes)} in memory, for {what}",
                 )
-                self._reserved_bytes += more
+                shares.reserved_bytes += more
                 try:
                     self._room.wait(more, what, patience or Patience.of(WAIT_SECONDS))
                 except BaseException:
-                    self._reserved_bytes -= more
+                    shares.reserved_bytes -= more
                     raise
                 self._room.take(more)
             else:
-                self._reserved_bytes += more
+                shares.reserved_bytes += more
                 self._room.untake(-more)
             self._reserved[owner] = size
             self._monitor.changed()
@@ -505,21 +340,7 @@ class Tier:
             return
         with self._monitor:
             size = self._reserved.pop(owner, 0)
-            self._reserved_bytes -= size
+            self._shares.reserved_bytes -= size
             self._room.untake(size)
             self._room.pump()
             self._monitor.changed()
-
-
-class _Always(Lease):
-    """The lease of parts that are in memory anyway."""
-
-    def __init__(self) -> None:
-        self.parts = ()
-        self.scratch_bytes = 0
-
-    def __exit__(self, *error: object) -> None:
-        pass
-
-
-_ALWAYS = _Always()
