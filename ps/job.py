@@ -64,7 +64,7 @@ class Job:
         with self.monitor:
             session = self.sessions.open(rank, world_size, incarnation, read_only, patience)
             self.steps.join(session)
-            self._staging[session.id] = Staging(self.tier, next(iter(self.new_areas("staging")), None))
+            self._staging[session.id] = Staging(self.tier, self.new_areas("staging"))
             if len(self.sessions.living()) == 1:
                 self._drop_useless_state()
         _log.info("job %r: session of %s opened", self.name, session.who)

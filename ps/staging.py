@@ -1,6 +1,6 @@
 """Weights of a model under construction: rank 0 sends them before there is a manifest that lists them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -13,17 +13,18 @@ from ps.tier import Area, Incoming, Part, Tier
 class Staging:
     """Staged chunks of one session: flat tensors by staging id and chunk index.
 
-    area: where they are spilled to; None in a tier without a limit.
+    areas: where they are spilled to, on each disk; none in a tier without a limit.
     """
 
-    def __init__(self, tier: Tier, area: Area | None) -> None:
+    def __init__(self, tier: Tier, areas: Sequence[Area]) -> None:
         self._tier = tier
-        self._area = area
+        self._areas = areas
+        self._elements_on = [0] * len(areas)
         self._staged: dict[tuple[int, int], Part] = {}
 
     def put(self, staging_id: int, chunk: int, values: Incoming) -> None:
         """Raises OutOfBudget for more small chunks than memory is for."""
-        part = staged_part(self._area, staging_id, chunk, values.tensor)
+        part = staged_part(self._next_area(values.tensor.numel()), staging_id, chunk, values.tensor)
         if self._tier.limited and not part.spillable:
             self._tier.reserve(self, self._small_bytes + part.nbytes, "staging small chunks")
         self._tier.adopt(part, values)
@@ -72,12 +73,21 @@ class Staging:
     def close(self) -> None:
         """The session has ended."""
         self.clear()
-        if self._area is not None:
-            self._area.drop()
+        for area in self._areas:
+            area.drop()
 
     @property
     def resident_bytes(self) -> int:
         return sum(staged.resident_bytes for staged in list(self._staged.values()))
+
+    def _next_area(self, elements: int) -> Area | None:
+        """That of the disk with least on it. Chunks come about in the order of the manifest, in which `spread`
+        places them by the same rule: so most are where they will stay."""
+        if not self._areas:
+            return None
+        disk = min(range(len(self._areas)), key=self._elements_on.__getitem__)
+        self._elements_on[disk] += elements
+        return self._areas[disk]
 
     @property
     def _small_bytes(self) -> int:

@@ -3,7 +3,7 @@
 import os
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import grpc
@@ -106,29 +106,8 @@ def test_a_commit_is_restored_without_being_read_and_outlives_its_generation(
 
 def test_weights_that_were_staged_are_spilled_too(cluster: LocalCluster, job_name: str) -> None:
     client = Client(cluster.addresses[0], job=job_name)
-    specs = []
-    for number, (name, weight) in enumerate(PARAMETERS.items()):
-        value = weight.bfloat16() if number % 2 else weight
-        client.push(
-            pb.PushHeader.KIND_STAGED,
-            [pb.ChunkRef(parameter=100 + number, chunk=0)],
-            to_bytes(value),
-            dtype=value.dtype,
-            chunk_bytes=[value.nbytes],
-        )
-        specs.append(
-            pb.ParameterSpec(
-                name=name,
-                shape=weight.shape,
-                dtype=pb.DTYPE_FLOAT32,
-                kind=pb.ParameterSpec.KIND_PARAMETER,
-                trainable=True,
-                staging_id=100 + number,
-            )
-        )
-    opened = client.call("OpenJob", manifest=pb.Manifest(parameters=specs))
-    client.manifest = opened.manifest
-    assert len(opened.bound) == len(PARAMETERS)
+    stage(client, [weight.bfloat16() if n % 2 else weight for n, weight in enumerate(PARAMETERS.values())])
+    open_staged(client)
     for number, weight in enumerate(PARAMETERS.values()):
         assert torch.equal(client.pull(number), weight)
     assert status_of(cluster).peak_resident_bytes <= MEMORY
@@ -251,6 +230,57 @@ def test_spills_are_spread_over_the_disks_and_linked_on_each(small_disk: Path, t
         again.open_job(PARAMETERS)
         for number, weight in enumerate(PARAMETERS.values()):
             assert torch.equal(again.pull(number, version=1), weight - 1)
+
+
+def test_staged_weights_are_spread_over_the_disks_and_stay_on_theirs(small_disk: Path, tmp_path: Path) -> None:
+    """A model under construction is spilled to where its chunks will live: moving them there is a rename."""
+    with LocalCluster(1, data_dir=[tmp_path / "large", small_disk], memory=MEMORY) as cluster:
+        client = Client(cluster.addresses[0])
+        stage(client, list(PARAMETERS.values()))
+        staged = [spilled_inodes(disk, "staging") for disk in cluster.disks[0]]
+        assert min(map(len, staged)) > len(PARAMETERS) // 8, "about half of them do not fit"
+        open_staged(client)
+        for disk, files in zip(cluster.disks[0], staged, strict=True):
+            assert files <= spilled_inodes(disk, "shard")
+        for number, weight in enumerate(PARAMETERS.values()):
+            assert torch.equal(client.pull(number), weight)
+
+
+def spilled_inodes(data_dir: Path, area: str) -> set[int]:
+    """The inodes of the chunk files below `working/` in the areas of a kind."""
+    return {
+        file.stat().st_ino for file in (data_dir / "job" / "working").glob(f"{area}-*/*/*/c/**/*") if file.is_file()
+    }
+
+
+def stage(client: Client, values: Sequence[torch.Tensor]) -> None:
+    """Sends weights under ids from 100 on."""
+    for number, value in enumerate(values):
+        client.push(
+            pb.PushHeader.KIND_STAGED,
+            [pb.ChunkRef(parameter=100 + number, chunk=0)],
+            to_bytes(value),
+            dtype=value.dtype,
+            chunk_bytes=[value.nbytes],
+        )
+
+
+def open_staged(client: Client) -> None:
+    """Opens a job of PARAMETERS, all of which were staged."""
+    specs = [
+        pb.ParameterSpec(
+            name=name,
+            shape=weight.shape,
+            dtype=pb.DTYPE_FLOAT32,
+            kind=pb.ParameterSpec.KIND_PARAMETER,
+            trainable=True,
+            staging_id=100 + number,
+        )
+        for number, (name, weight) in enumerate(PARAMETERS.items())
+    ]
+    opened = client.call("OpenJob", manifest=pb.Manifest(parameters=specs))
+    client.manifest = opened.manifest
+    assert len(opened.bound) == len(PARAMETERS)
 
 
 def weight_files(data_dir: Path, folder: str) -> set[int]:
