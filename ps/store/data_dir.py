@@ -94,10 +94,10 @@ class DataDir:
 
     def _check_finished(self) -> None:
         for folder in self.paths:
-            if job := unfinished.marked_job(folder):
+            if mark := unfinished.find(folder):
                 raise DataDirError(
-                    f"{self._cannot(folder)}: 'zero-ps reshard' has not finished filling it with job {job!r}; run that "
-                    "again, or choose another --data-dir"
+                    f"{self._cannot(folder)}: 'zero-ps {mark.tool}' has not finished filling it with job "
+                    f"{mark.job!r}; run that again, or choose another --data-dir"
                 )
 
     def _claimed(self, folders: Sequence[Path]) -> tuple[Path, ...]:

@@ -2,6 +2,7 @@
 it would take a part that is missing for a job that is new.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from protos.names import check_job_name
@@ -11,19 +12,29 @@ from ps.store.fields import Fields
 
 MARK_FILE = "unfinished.json"
 
+TOOLS = ("reshard", "import")
 
-def mark(folder: Path, job: str) -> None:
-    """What there is of `job` in this data folder is from now on nothing, until `clear`."""
-    durable.replace_file(folder / MARK_FILE, encode_document({"job": job}))
+
+@dataclass(frozen=True)
+class Mark:
+    """job: what there is of it in the folder is nothing yet. tool: the command that is to be run again."""
+
+    job: str
+    tool: str
+
+
+def put(folder: Path, mark: Mark) -> None:
+    """What there is of the job in this data folder is from now on nothing, until `clear`."""
+    durable.replace_file(folder / MARK_FILE, encode_document({"job": mark.job, "tool": mark.tool}))
 
 
 def clear(folder: Path) -> None:
-    (folder / MARK_FILE).unlink()
+    (folder / MARK_FILE).unlink(missing_ok=True)
     durable.sync(folder)
 
 
-def marked_job(folder: Path) -> str | None:
-    """The job with which the folder was being filled; None if it has no mark. Raises DamagedError."""
+def find(folder: Path) -> Mark | None:
+    """Who was filling the folder, and with what; None if it has no mark. Raises DamagedError."""
     file = folder / MARK_FILE
     if not file.exists():
         return None
@@ -33,4 +44,7 @@ def marked_job(folder: Path) -> str | None:
         check_job_name(job)
     except ValueError as error:
         fields.refuse("job", f"is not valid ({error})")
-    return job
+    tool = fields.text("tool")
+    if tool not in TOOLS:
+        fields.refuse("tool", f"is {tool!r}, not one of {', '.join(TOOLS)}")
+    return Mark(job, tool)

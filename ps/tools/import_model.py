@@ -5,7 +5,6 @@ import re
 import secrets
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from fnmatch import translate
 from pathlib import Path
@@ -17,22 +16,13 @@ from protos.dtypes import storage_dtype
 from protos.layout import ChunkGrid, place_all
 from protos.names import check_job_name, check_parameter_name
 from protos.sizes import format_bytes
-from ps.store import (
-    ChunkState,
-    CommitKey,
-    DataDir,
-    GenerationHeader,
-    JobStore,
-    StoredParameter,
-    StoreError,
-)
+from ps.store import ChunkState, CommitKey, GenerationHeader, StoredParameter
 from ps.store.contents import ParameterKind
 from ps.tools.checkpoint import CheckpointTensor, open_checkpoint
 from ps.tools.errors import ToolError
+from ps.tools.new_job import new_job
 from ps.tools.progress import Advance, Progress, silent
 from ps.tools.renaming import Rule, listed, rename
-
-_MARK = "imported_from"
 
 
 @dataclass(frozen=True)
@@ -79,7 +69,7 @@ def import_model(
 
     The folders need not exist. Servers that are started with them have the job at `options.step`.
     Everything about the checkpoint is checked before anything is written; if writing fails, what was
-    written is removed again. Killed half-way, it can be run again.
+    written is removed again. Killed half-way, no server starts with the folders until it was run again.
 
     Raises ToolError, StoreError for folders that cannot be written or are another shard's.
     """
@@ -92,28 +82,14 @@ def import_model(
     plan = plan_import(open_checkpoint(source), options)
     manifest = tuple(planned.parameter for planned in plan)
     key = CommitKey(options.step, secrets.token_hex(8))
-    metadata = json.dumps({_MARK: source.absolute().name})
-    with ExitStack() as stack:
-        stores = []
-        for shard, folder in enumerate(folders):
-            data_dir = stack.enter_context(DataDir(folder, shard, len(folders)))
-            try:
-                stores.append(data_dir.job_store(options.job))
-            except ValueError as error:
-                raise ToolError(str(error)) from error
-        _check_unused(options.job, stores, folders)
+    metadata = json.dumps({"imported_from": source.absolute().name})
+    with new_job(options.job, folders) as stores:
         _check_space(manifest, folders)
         total = sum(_bytes(parameter) for parameter in manifest)
         with progress(f"importing {source}", total) as advance:
-            try:
-                for shard, store in enumerate(stores):
-                    header = GenerationHeader(options.job, key, shard, len(stores), manifest, None, metadata)
-                    store.write(header, _chunks(plan, shard, len(stores), advance), {})
-            except BaseException:
-                for store in stores:
-                    with suppress(StoreError):
-                        store.discard_after(-1)
-                raise
+            for shard, store in enumerate(stores):
+                header = GenerationHeader(options.job, key, shard, len(stores), manifest, None, metadata)
+                store.write(header, _chunks(plan, shard, len(stores), advance), {})
     return Imported(key, manifest, total)
 
 
@@ -204,28 +180,6 @@ def _check_names(names: Sequence[str]) -> None:
             "digit or one underscore, and has neither slashes nor control characters and at most 200 characters: use "
             "--map"
         )
-
-
-def _check_unused(job: str, stores: Sequence[JobStore], folders: Sequence[Path]) -> None:
-    """Raises ToolError if the job has anything but what an interrupted import left, which is removed."""
-    committed = [store.committed() for store in stores]
-    common = set.intersection(*map(set, committed))
-    for store, keys, folder in zip(stores, committed, folders, strict=True):
-        for key in keys:
-            if key in common or not _is_import(store.read_header(key.step, key.commit_id).metadata):
-                raise ToolError(
-                    f"job {job!r} has commits in {folder} already ({key}); choose another --job, or other folders"
-                )
-    for store in stores:
-        store.clean()
-        store.discard_after(-1)
-
-
-def _is_import(metadata: str) -> bool:
-    try:
-        return _MARK in json.loads(metadata or "{}")
-    except (ValueError, TypeError):
-        return False
 
 
 def _check_space(manifest: Sequence[StoredParameter], folders: Sequence[Path]) -> None:

@@ -88,12 +88,12 @@ def reshard(
         missing = [
             shard for shard, folder in enumerate(targets) if not _has_commit(folder, shard, len(targets), generation)
         ]
-        unsure = bool(missing) or any(unfinished.marked_job(folder) for folder in targets)
+        unsure = bool(missing) or any(unfinished.find(folder) for folder in targets)
         copied_bytes = 0
         if unsure:
             # All of them before any is filled: no server may start with one of a set that is not finished.
             for folder in targets:
-                unfinished.mark(folder, generation.header.job)
+                unfinished.put(folder, _mark(generation))
             copied_bytes = _fill(targets, missing, generation, progress)
         if move or copied_bytes or (unsure and len(missing) < len(targets)):
             _verify(targets, generation, progress)
@@ -171,7 +171,7 @@ def _go_on_moving(
 ) -> Resharded | None:
     """Ends a move whose targets are whole, of whose source something may be gone; None if there is none."""
     try:
-        if any(unfinished.marked_job(folder) for folder in targets):
+        if any(unfinished.find(folder) for folder in targets):
             return None
         done = find_generation(targets, job=job)
     except StoreError:
@@ -234,10 +234,11 @@ def _has_commit(folder: Path, shard: int, num_shards: int, generation: Generatio
             f"{folder} belongs to shard {claimed[0]}/{claimed[1]}, and would have to be shard {shard}/{num_shards}; "
             "choose another folder for --to, or put them in another order"
         )
-    marked = unfinished.marked_job(folder)
-    if marked not in (None, job):
+    marked = unfinished.find(folder)
+    if marked is not None and marked != _mark(generation):
         raise ToolError(
-            f"{folder} is being filled with job {marked!r}; run that reshard again first, or delete the folder"
+            f"{folder} is being filled with job {marked.job!r}; run that 'zero-ps {marked.tool}' again first, or "
+            "delete the folder"
         )
     keys = JobStore(folder, job, shard, num_shards).committed()
     if marked is None and keys != [generation.key] and (folder / job).exists():
@@ -247,6 +248,10 @@ def _has_commit(folder: Path, shard: int, num_shards: int, generation: Generatio
             "folders for --to"
         )
     return keys == [generation.key]
+
+
+def _mark(generation: GenerationSet) -> unfinished.Mark:
+    return unfinished.Mark(generation.header.job, "reshard")
 
 
 def _check_apart(sources: Sequence[Path], targets: Sequence[Path]) -> None:

@@ -4,12 +4,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ps.store import unfinished
 from ps.store.claim import CLAIM_FILE, read_claim
 from ps.store.contents import CommitKey
 from ps.store.errors import StoreError
 from ps.store.generation_set import complete_keys, missing_parts, nothing_complete, of_one_job
 from ps.store.locate import FoundFolder, find_folders
-from ps.store.unfinished import MARK_FILE
 from ps.tools.generation_check import GenerationReport, Problem, check_generation
 from ps.tools.progress import Progress, silent
 
@@ -114,8 +114,13 @@ def _wrong_claims(found: Sequence[FoundFolder]) -> Iterator[Problem]:
 
 def _unfinished(found: Sequence[FoundFolder]) -> Iterator[str]:
     for root in dict.fromkeys(folder.root for folder in found):
-        if (root / MARK_FILE).exists():
-            yield f"{root} is being filled by 'zero-ps reshard', or it was interrupted: run it again"
+        try:
+            mark = unfinished.find(root)
+        except StoreError as error:
+            yield str(error)
+            continue
+        if mark is not None:
+            yield f"{root} is being filled by 'zero-ps {mark.tool}', or it was interrupted: run it again"
 
 
 def _remedy(step: int, others: Sequence[int]) -> str:

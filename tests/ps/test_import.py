@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 
 from ps.cli import main
-from ps.store import DataDir, DataDirError, DiskFullError
+from ps.store import DataDir, DataDirError, DiskFullError, unfinished
 from ps.store.generation_set import find_generation
 from ps.store.testing import ADAM_STATE, Model
 from ps.tools import import_model as module
@@ -291,28 +291,49 @@ def test_a_commit_of_which_only_a_part_is_left_is_not_taken_for_an_import(tmp_pa
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from ps.store import JobStore
+from ps.store import JobStore, unfinished
 from ps.tools.import_model import ImportOptions, import_model
-write = JobStore.write
-def killed(self, header, *rest, **more):
-    if header.shard == 1:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return write(self, header, *rest, **more)
-JobStore.write = killed
-import_model(Path(sys.argv[1]), [Path(p) for p in sys.argv[2:]], ImportOptions("gpt", buffers=("norm.*", "mask")))
+die = lambda: os.kill(os.getpid(), signal.SIGKILL)
+write, clear = JobStore.write, unfinished.clear
+cleared = []
+def killed_writing(self, header, *rest, **more):
+    return die() if header.shard == 1 else write(self, header, *rest, **more)
+def killed_finishing(folder):
+    return die() if cleared else cleared.append(clear(folder))
+if sys.argv[1] == "writing":
+    JobStore.write = killed_writing
+else:
+    unfinished.clear = killed_finishing
+import_model(Path(sys.argv[2]), [Path(p) for p in sys.argv[3:]], ImportOptions("gpt", buffers=("norm.*", "mask")))
 """
 
 
-def test_an_import_that_was_killed_is_no_commit_and_can_be_run_again(tmp_path):
+@pytest.mark.parametrize("instant", ["writing", "finishing"])
+def test_a_killed_import_keeps_servers_from_starting_until_it_is_run_again(tmp_path, instant):
+    """One that lacks its part would take the job for a new one, and the others would then lack a commit in common."""
     source, dirs = save(tmp_path / "a.safetensors"), data_dirs(tmp_path, 3)
-    done = subprocess.run([sys.executable, "-c", KILLED, source, *dirs], check=False, timeout=60)
+    done = subprocess.run([sys.executable, "-c", KILLED, instant, source, *dirs], check=False, timeout=60)
     assert done.returncode == -signal.SIGKILL
-    with DataDir(dirs[0], 0, 3) as left:
-        assert left.job_store("gpt").committed_steps() == [0]
+    for shard, folder in list(enumerate(dirs))[instant == "finishing" :]:
+        with pytest.raises(DataDirError, match="'zero-ps import' has not finished filling it with job 'gpt'; run that"):
+            DataDir(folder, shard, 3)
+    with pytest.raises(ToolError, match="is being filled with job 'gpt'; run that 'zero-ps import' again first"):
+        import_model(source, dirs, options(job="other"))
     again = import_model(source, dirs, options())
     assert find_generation(dirs).key == again.key and verify(dirs).ok
-    with DataDir(dirs[0], 0, 3) as left:
-        assert left.job_store("gpt").committed() == [again.key]
+    for shard, folder in enumerate(dirs):
+        with DataDir(folder, shard, 3) as data_dir:
+            assert data_dir.job_store("gpt").committed() == [again.key]
+
+
+def test_a_killed_import_is_no_reason_to_remove_what_others_wrote(tmp_path):
+    """Run again with a folder in which the job is another one."""
+    source, dirs = save(tmp_path / "a.safetensors"), data_dirs(tmp_path, 2)
+    write_shards(tmp_path, Model(few(), ADAM_STATE), 2)
+    (dirs[0] / "gpt").rename(tmp_path / "moved")
+    unfinished.put(dirs[0], unfinished.Mark("gpt", "import"))
+    with pytest.raises(ToolError, match=r"has commits in .*shard-1 already \(step 5, commit c0\)"):
+        import_model(source, dirs, options())
 
 
 def test_folders_that_cannot_be_the_servers_are_refused(tmp_path):
@@ -338,8 +359,8 @@ def test_a_full_disk_says_so_and_leaves_nothing(tmp_path, small_disk, monkeypatc
         import_model(source, [tmp_path / "a", small_disk / "b"], options(dtype=torch.float32))
     for folder, shard in ((tmp_path / "a", 0), (small_disk / "b", 1)):
         with DataDir(folder, shard, 2) as data_dir:
-            assert data_dir.job_store("gpt").committed() == []
-        assert [path for path in (folder / "gpt/generations").iterdir()] == []
+            assert data_dir.jobs() == []
+        assert not (folder / "gpt").exists()
 
 
 # ---------------------------------------------------------------- the command

@@ -324,12 +324,12 @@ def test_killed_at_any_instant_nothing_is_lost_and_it_goes_on(tmp_path, model, f
 
 def refused(folder: Path, targets: list[Path]) -> bool:
     """Whether a server would not start with a folder; where there is none, it would begin anew."""
-    return folder.exists() and unfinished.marked_job(folder) is not None
+    return folder.exists() and unfinished.find(folder) is not None
 
 
 def test_a_server_does_not_start_with_a_folder_that_is_not_finished(tmp_path):
     DataDir(tmp_path, 0, 2).close()
-    unfinished.mark(tmp_path, "gpt")
+    unfinished.put(tmp_path, unfinished.Mark("gpt", "reshard"))
     with pytest.raises(
         DataDirError, match="'zero-ps reshard' has not finished filling it with job 'gpt'; run that again"
     ):

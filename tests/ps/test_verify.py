@@ -245,9 +245,9 @@ def test_a_single_generation_that_cannot_be_read_is_a_problem_too(dirs):
 
 
 def test_a_folder_that_is_still_being_filled_is_a_note(dirs):
-    unfinished.mark(dirs[0], "gpt")
+    unfinished.put(dirs[0], unfinished.Mark("gpt", "import"))
     report = verify(dirs)
-    assert report.ok and f"{dirs[0]} is being filled" in report.notes[0]
+    assert report.ok and f"{dirs[0]} is being filled by 'zero-ps import'" in report.notes[0]
 
 
 def test_a_chunk_that_no_server_lists_is_missed(dirs):
