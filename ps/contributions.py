@@ -13,7 +13,21 @@ import torch
 from ps.chunk import Chunk
 from ps.errors import Conflict
 from ps.monitor import Patience
+from ps.runs import Runs
 from ps.tier import Incoming, Part
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """A contribution to one chunk.
+
+    runs: the elements that `values` are of; None for all. The others contribute zero.
+    values: flat, of any floating dtype.
+    """
+
+    chunk: Chunk
+    runs: Runs | None
+    values: Incoming
 
 
 @dataclass(eq=False)
@@ -83,19 +97,26 @@ class Contributions:
             raise Conflict(f"gradient {sequence} of {chunk.label} in step {step} came before gradient {counted} did")
         return sequence == counted
 
-    def add(self, chunk: Chunk, gradient: Incoming, step: int, patience: Patience | None = None) -> torch.Tensor | None:
-        """Adds a contribution (any floating dtype). Returns memory that the caller may use again.
+    def add(self, gradient: Gradient, step: int, patience: Patience | None = None) -> torch.Tensor | None:
+        """Adds a contribution. Returns memory that the caller may use again.
 
         Where it can, it takes over the memory of the first one. Expects `lock` to be held.
         """
+        chunk, values = gradient.chunk, gradient.values
         accumulator = self._accumulators.setdefault(chunk, _Accumulator())
         while True:
             with chunk.lock:
                 part = accumulator.part
                 if part is None or not part.filled:
-                    spare = self._begin(chunk, accumulator, gradient)
-                    self._count(accumulator, step)
-                    return spare
+                    if gradient.runs is None:
+                        spare = self._begin(chunk, accumulator, values)
+                        self._count(accumulator, step)
+                        return spare
+                    part = None
+            if part is None:
+                if self._begin_with_runs(gradient, accumulator, step, patience):
+                    return values.tensor
+                continue
             wide = self.new_wide(chunk) or part
             fresh = [wide] if wide is not part else []
             with chunk.tier.lease([part], fresh, what=part.label, patience=patience), chunk.lock:
@@ -104,11 +125,35 @@ class Contributions:
                     continue
                 if wide is not part:
                     self.widen(chunk, wide)
-                wide.tensor.add_(gradient.tensor.view(chunk.shape))
+                if gradient.runs is None:
+                    wide.tensor.add_(values.tensor.view(chunk.shape))
+                else:
+                    gradient.runs.add_into(wide.tensor, values.tensor)
                 wide.changed()
                 self._count(accumulator, step)
-            chunk.tier.give_back(gradient)
-            return gradient.tensor
+            chunk.tier.give_back(values)
+            return values.tensor
+
+    def _begin_with_runs(
+        self, gradient: Gradient, accumulator: _Accumulator, step: int, patience: Patience | None
+    ) -> bool:
+        """Makes a contribution to parts of a chunk the first one. False if another one came before it."""
+        chunk, old = gradient.chunk, accumulator.part
+        assert gradient.runs is not None
+        part = old
+        if part is None or part.dtype != chunk.accumulation_dtype:
+            part = self._new_part(chunk, chunk.accumulation_dtype)
+        with chunk.tier.lease((), [part], what=part.label, patience=patience), chunk.lock:
+            if accumulator.part is not old or (old is not None and old.filled):
+                return False
+            gradient.runs.copy_into(part.tensor.zero_(), gradient.values.tensor)
+            part.changed()
+            if old is not None and old is not part:
+                chunk.tier.discard([old])
+            accumulator.part = part
+            self._count(accumulator, step)
+        chunk.tier.give_back(gradient.values)
+        return True
 
     def _begin(self, chunk: Chunk, accumulator: _Accumulator, gradient: Incoming) -> torch.Tensor | None:
         """Makes a contribution the first one."""

@@ -11,6 +11,7 @@ from ps.errors import InvalidRequest
 from ps.job import Job
 from ps.jobs import Jobs
 from ps.monitor import Patience
+from ps.runs import Runs, decode_runs
 from ps.sessions import Session
 from ps.shard import Shard
 from ps.statuses import stream_error
@@ -41,7 +42,8 @@ def answer_pulls(
                     shard = job.open_shard()
                     chunks = decode_chunks(shard, request.chunks)
                     check_convertible(chunks, dtype)
-                    blocks = _chunks(job, session, shard, chunks, request.version, dtype, patience)
+                    parts = list(zip(chunks, decode_runs(request.parts, chunks), strict=True))
+                    blocks = _chunks(job, session, shard, parts, request.version, dtype, patience)
                 for data in _messages(blocks):
                     traffic.pulled(len(data))
                     yield pb.PullResponse(request_id=request.request_id, data=data)
@@ -79,24 +81,29 @@ def _chunks(
     job: Job,
     session: Session,
     shard: Shard,
-    chunks: Iterable[Chunk],
+    parts: Iterable[tuple[Chunk, Runs | None]],
     version: int,
     dtype: torch.dtype | None,
     patience: Patience,
 ) -> Iterator[Block | None]:
     if version < 0:
         raise InvalidRequest(f"there is no version {version}")
-    for chunk in chunks:
+    for chunk, runs in parts:
         if chunk.version < version or not chunk.has_weight:
             yield None
             job.wait_for_version(session, shard, chunk, version, patience)
             job.wait_for_weight(session, shard, chunk, patience)
         job.used(session, shard, "pull", chunk, version, dtype)
-        yield chunk.num_bytes(dtype), _reader(chunk, version, dtype or chunk.dtype, patience)
+        wire = dtype or chunk.dtype
+        for first, end in ((0, chunk.elements),) if runs is None else runs.bounds:
+            read = _reader(chunk, version, wire, first * wire.itemsize, patience)
+            yield (end - first) * wire.itemsize, read
 
 
-def _reader(chunk: Chunk, version: int, dtype: torch.dtype, patience: Patience) -> Callable[[int, int], bytes]:
-    return lambda start, stop: chunk.read(version, dtype, start, stop, patience)
+def _reader(
+    chunk: Chunk, version: int, dtype: torch.dtype, offset: int, patience: Patience
+) -> Callable[[int, int], bytes]:
+    return lambda start, stop: chunk.read(version, dtype, offset + start, offset + stop, patience)
 
 
 def _staged(job: Job, session: Session, request: pb.PullRequest, dtype: torch.dtype | None) -> Iterator[Block]:

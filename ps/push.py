@@ -12,10 +12,12 @@ import torch
 
 from protos import zero_ps_pb2 as pb
 from ps.chunk import Chunk, byte_view
+from ps.contributions import Gradient
 from ps.errors import Conflict, InvalidRequest
 from ps.job import Job
 from ps.jobs import Jobs
 from ps.monitor import Patience
+from ps.runs import Runs, decode_runs
 from ps.sessions import Session
 from ps.statuses import stream_error
 from ps.tier import Incoming, Tier
@@ -209,6 +211,7 @@ def _gradient(
     shard, step = job.open_shard(), header.step
     chunks = decode_chunks(shard, header.chunks)
     dtype = check_gradient(shard, chunks, decode_dtype(header.dtype))
+    parts = list(zip(chunks, decode_runs(header.parts, chunks), strict=True))
     if step > shard.step:
         raise Conflict(f"a gradient of step {step} came while job {job.name!r} is at step {shard.step}")
     patience = Patience.of(_UPDATE_WAIT_SECONDS, cancelled)
@@ -218,22 +221,26 @@ def _gradient(
             raise Conflict(f"a gradient of step {step} for {chunk.label} came at version {chunk.version}")
         job.used(session, shard, "gradient", chunk, step)
 
-    def begin(some: Sequence[Chunk]) -> list[Incoming]:
+    def begin(some: Sequence[tuple[Chunk, Runs | None]]) -> list[Incoming]:
         if not job.tier.limited:
-            return [Incoming(pool.take(chunk.elements, dtype), None) for chunk in some]
+            return [Incoming(pool.take(_elements(*part), dtype), None) for part in some]
         return _incoming(
-            job.tier, [(chunk.elements, f"a gradient of {chunk.label}") for chunk in some], dtype, patience
+            job.tier, [(_elements(*part), f"a gradient of {part[0].label}") for part in some], dtype, patience
         )
 
-    def finish(some: Sequence[Chunk], buffers: Sequence[Incoming]) -> None:
+    def finish(some: Sequence[tuple[Chunk, Runs | None]], buffers: Sequence[Incoming]) -> None:
         if job.shard is not shard:
             raise Conflict(f"job {job.name!r} was restored meanwhile")
-        pairs = list(zip(some, buffers, strict=True))
-        for spare in job.steps.add(session, contributions, step, header.sequence, pairs):
+        gradients = [Gradient(*part, buffer) for part, buffer in zip(some, buffers, strict=True)]
+        for spare in job.steps.add(session, contributions, step, header.sequence, gradients):
             if not job.tier.limited:
                 pool.give(spare)
 
-    return _pieces(job.tier, chunks, [chunk.num_bytes(dtype) for chunk in chunks], begin, finish)
+    return _pieces(job.tier, parts, [_elements(*part) * dtype.itemsize for part in parts], begin, finish)
+
+
+def _elements(chunk: Chunk, runs: Runs | None) -> int:
+    return chunk.elements if runs is None else runs.elements
 
 
 def _weight(job: Job, session: Session, header: pb.PushHeader, cancelled: Callable[[], bool]) -> list[_Piece]:

@@ -9,14 +9,14 @@ import torch
 
 from protos.values import Option
 from ps.chunk import Chunk
-from ps.contributions import Contributions, average, average_bytes, gradient_parts
+from ps.contributions import Contributions, Gradient, average, average_bytes, gradient_parts
 from ps.errors import Conflict, InvalidRequest, JobFailed, SessionEnded
 from ps.monitor import Monitor, Patience
 from ps.norms import NormKey, Norms
 from ps.optimizer import Options
 from ps.sessions import Session, Sessions
 from ps.shard import Shard
-from ps.tier import Incoming, Part, ReadAhead
+from ps.tier import Part, ReadAhead
 from ps.updater import AgreedStep, Updater
 
 
@@ -104,7 +104,7 @@ class Steps:
         contributions: Contributions,
         step: int,
         sequence: int,
-        gradients: Sequence[tuple[Chunk, Incoming]],
+        gradients: Sequence[Gradient],
     ) -> list[torch.Tensor]:
         """Counts gradients (any floating dtype) of one micro-batch. Returns memory to use again.
 
@@ -114,18 +114,18 @@ class Steps:
         with contributions.lock:
             session.check()
             new = [
-                (chunk, gradient)
-                for chunk, gradient in gradients
-                if contributions.check_sequence(chunk, step, sequence)
+                gradient
+                for gradient in gradients
+                if contributions.check_sequence(gradient.chunk, step, sequence)
             ]
             if new and contributions.final_step >= step:
                 raise Conflict(
                     f"rank {session.rank} said that its gradients of step {step} are final and then sent "
                     "another; call zero_grad first to begin anew"
                 )
-            spare = [contributions.add(chunk, gradient, step) for chunk, gradient in new]
-            for chunk, gradient in gradients:
-                chunk.tier.give_back(gradient)
+            spare = [contributions.add(gradient, step) for gradient in new]
+            for gradient in gradients:
+                gradient.chunk.tier.give_back(gradient.values)
         return [tensor for tensor in spare if tensor is not None]
 
     def zero(self, session: Session, shard: Shard, step: int, chunks: Iterable[Chunk]) -> None:

@@ -166,6 +166,7 @@ class Client:
         dtype: torch.dtype = torch.float32,
         sequence: int = 0,
         chunk_bytes: Sequence[int] = (),
+        parts: Sequence[pb.Runs] = (),
     ) -> None:
         """Sends a push and waits for its acknowledgement. Raises StreamError."""
         request_id = next(self._ids)
@@ -178,6 +179,7 @@ class Client:
             chunks=chunks,
             sequence=sequence,
             chunk_bytes=chunk_bytes,
+            parts=parts,
         )
         self.pushes.requests.put(pb.PushRequest(header=header))
         for start in range(0, len(data), MESSAGE_BYTES):
@@ -209,6 +211,7 @@ class Client:
         timeout: float = TIMEOUT,
         chunks: Sequence[pb.ChunkRef] | None = None,
         staged: bool = False,
+        parts: Sequence[pb.Runs] = (),
     ) -> int:
         request_id = next(self._ids)
         if chunks is None:
@@ -222,6 +225,7 @@ class Client:
                 chunks=chunks,
                 timeout_seconds=timeout,
                 staged=staged,
+                parts=parts,
             )
         )
         return request_id
