@@ -113,11 +113,7 @@ class Steps:
         """
         with contributions.lock:
             session.check()
-            new = [
-                gradient
-                for gradient in gradients
-                if contributions.check_sequence(gradient.chunk, step, sequence)
-            ]
+            new = [gradient for gradient in gradients if contributions.check_sequence(gradient.chunk, step, sequence)]
             if new and contributions.final_step >= step:
                 raise Conflict(
                     f"rank {session.rank} said that its gradients of step {step} are final and then sent "
