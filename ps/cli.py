@@ -8,6 +8,10 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+# gRPC's own lines about a port in use, or about a server that is not there, would stand beside ours.
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+
+from protos.links import KINDS, parse_kinds
 from ps.arguments import ArgumentParser, size
 from ps.tools import export, import_, reshard, verify
 
@@ -103,6 +107,14 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SECONDS",
         help="how long a trainer may be silent before it counts as lost (default: %(default)s)",
     )
+    serve.add_argument(
+        "--links",
+        type=_links,
+        default=KINDS,
+        metavar="KIND,...",
+        help=f"kinds of link that trainers may use, of {','.join(KINDS)} (default: all). Each trainer gets the best "
+        "one that works; 'zero-ps status' shows which, and why no better one",
+    )
     serve.add_argument("--eviction", choices=("plan", "lru"), default="plan", help=argparse.SUPPRESS)
     serve.add_argument("--stop-on-stdin-eof", action="store_true", help=argparse.SUPPRESS)
 
@@ -138,7 +150,14 @@ def _serve(options: argparse.Namespace) -> int:
 
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     index, num_shards = options.shard
-    server = ServerOptions(index, num_shards, keep=options.keep, lease_seconds=options.lease, eviction=options.eviction)
+    server = ServerOptions(
+        index,
+        num_shards,
+        keep=options.keep,
+        lease_seconds=options.lease,
+        eviction=options.eviction,
+        links=options.links,
+    )
     try:
         serve(
             ServeOptions(
@@ -171,6 +190,13 @@ def _address(text: str) -> str:
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
     return text
+
+
+def _links(text: str) -> tuple[str, ...]:
+    try:
+        return parse_kinds(text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _folder(text: str) -> Path:

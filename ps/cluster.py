@@ -29,6 +29,7 @@ class LocalCluster:
         server's updates.
     lease: seconds after which a silent trainer counts as lost. keep: committed generations to keep.
     eviction: what leaves memory first where it is limited, "plan" (the default) or, to compare, "lru".
+    links: kinds of link that trainers may use; None for all.
 
     Raises RuntimeError, with what the server said, if one does not start.
     """
@@ -43,6 +44,7 @@ class LocalCluster:
         lease: float | None = None,
         keep: int | None = None,
         eviction: str | None = None,
+        links: Sequence[str] | None = None,
     ) -> None:
         if servers < 1:
             raise ValueError(f"a cluster has at least one server, not {servers}")
@@ -59,6 +61,7 @@ class LocalCluster:
             *_option("--lease", lease),
             *_option("--keep", keep),
             *_option("--eviction", eviction),
+            *_option("--links", None if links is None else ",".join(links)),
         ]
         self._logs = tempfile.TemporaryDirectory(prefix="zero-ps-logs-")
         # Of each server all its folders, and the first of them.

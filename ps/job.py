@@ -13,6 +13,7 @@ from ps.barrier import Barriers
 from ps.chunk import Chunk
 from ps.errors import Conflict, JobFailed, SessionEnded, Timeout
 from ps.generations import Generations
+from ps.links import Chosen
 from ps.monitor import Monitor, Patience
 from ps.options import ServerOptions
 from ps.plan import Plan
@@ -73,6 +74,13 @@ class Job:
             self.wait_at_rest(shard, session, patience)
         return session
 
+    def use_link(self, session: Session, chosen: Chosen) -> None:
+        """Has a link carry the bytes of a session that was just opened; it is closed with the session."""
+        with self.monitor:
+            session.chosen = chosen
+            if session.ended is not None:
+                chosen.link.close()
+
     def close_session(self, session: Session) -> None:
         with self.monitor:
             self.sessions.close(session)
@@ -88,6 +96,7 @@ class Job:
             staging.close()
         for give_back in list(session.on_end):
             give_back()
+        session.chosen.link.close()
         self.plans.pop(session.id, None)
         if self.shard is not None and self.shard.schedule is not None:
             self.shard.schedule.forget(session.id)

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from protos.links import KINDS
+
 
 @dataclass(frozen=True)
 class ServerOptions:
@@ -9,6 +11,7 @@ class ServerOptions:
 
     keep: how many committed generations stay. lease_seconds: how long a silent trainer counts as alive.
     eviction: what leaves memory first where it is limited, 'plan' or 'lru'; the latter is to compare with.
+    links: the kinds of link that trainers may use.
     """
 
     index: int
@@ -16,3 +19,4 @@ class ServerOptions:
     keep: int = 2
     lease_seconds: float = 10.0
     eviction: str = "plan"
+    links: tuple[str, ...] = KINDS

@@ -1,15 +1,15 @@
-"""The Pull stream: bytes of chunks at one version, cut into messages that gRPC moves fast."""
+"""The Pull stream: chunks at one version, answered in order. How their bytes travel is the session's link's."""
 
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
-from protos import MESSAGE_BYTES
 from protos import zero_ps_pb2 as pb
 from ps.chunk import Chunk
 from ps.errors import InvalidRequest
 from ps.job import Job
 from ps.jobs import Jobs
+from ps.links import Block
 from ps.monitor import Patience
 from ps.runs import Runs, decode_runs
 from ps.sessions import Session
@@ -17,9 +17,6 @@ from ps.shard import Shard
 from ps.statuses import stream_error
 from ps.traffic import Traffic
 from ps.wire import check_convertible, decode_chunks, decode_dtype
-
-Block = tuple[int, Callable[[int, int], bytes]]
-"""The size of some bytes, and how to read a range of them."""
 
 
 def answer_pulls(
@@ -44,37 +41,12 @@ def answer_pulls(
                     check_convertible(chunks, dtype)
                     parts = list(zip(chunks, decode_runs(request.parts, chunks), strict=True))
                     blocks = _chunks(job, session, shard, parts, request.version, dtype, patience)
-                for data in _messages(blocks):
-                    traffic.pulled(len(data))
-                    yield pb.PullResponse(request_id=request.request_id, data=data)
+                for response, num_bytes in session.chosen.link.answer(blocks):
+                    traffic.pulled(num_bytes)
+                    response.request_id = request.request_id
+                    yield response
             except Exception as error:
                 yield pb.PullResponse(request_id=request.request_id, error=stream_error(error))
-
-
-def _messages(blocks: Iterable[Block | None]) -> Iterator[bytes]:
-    """Cuts and packs blocks into messages.
-
-    None among the blocks means that the next one will take a while: what is there is sent.
-    """
-    parts: list[bytes] = []
-    size, sent = 0, False
-    for block in blocks:
-        if block is not None:
-            total, read = block
-            start = 0
-            while start < total:
-                stop = min(total, start + MESSAGE_BYTES - size)
-                parts.append(read(start, stop))
-                size += stop - start
-                start = stop
-                if size == MESSAGE_BYTES:
-                    yield parts[0] if len(parts) == 1 else b"".join(parts)
-                    parts, size, sent = [], 0, True
-        elif parts:
-            yield b"".join(parts)
-            parts, size, sent = [], 0, True
-    if parts or not sent:
-        yield b"".join(parts)
 
 
 def _chunks(
@@ -97,7 +69,7 @@ def _chunks(
         wire = dtype or chunk.dtype
         for first, end in ((0, chunk.elements),) if runs is None else runs.bounds:
             read = _reader(chunk, version, wire, first * wire.itemsize, patience)
-            yield (end - first) * wire.itemsize, read
+            yield Block((end - first) * wire.itemsize, read)
 
 
 def _reader(
@@ -109,4 +81,4 @@ def _reader(
 def _staged(job: Job, session: Session, request: pb.PullRequest, dtype: torch.dtype | None) -> Iterator[Block]:
     staging = job.staging(session)
     for reference in request.chunks:
-        yield staging.read(reference.parameter, reference.chunk, dtype)
+        yield Block(*staging.read(reference.parameter, reference.chunk, dtype))

@@ -74,7 +74,7 @@ class _Arrival:
 
     def __init__(self, request_id: int, session: Session, tier: Tier, pieces: Iterable[_Piece]) -> None:
         self.request_id = request_id
-        self._session = session
+        self.session = session
         self._tier = tier
         self._pieces = deque(pieces)
         self._buffers: Sequence[Incoming] = ()
@@ -86,10 +86,10 @@ class _Arrival:
         if tier.limited:
             session.on_end.add(self.abandon)
 
-    def feed(self, data: bytes) -> None:
+    def feed(self, data: bytes | memoryview) -> None:
         """Raises InvalidRequest for more bytes than the header announced."""
         with self._lock:
-            self._session.touch()
+            self.session.touch()
             if len(data) > self.missing_bytes:
                 raise InvalidRequest(f"a push of {self.expected_bytes} bytes was followed by more than that")
             rest = memoryview(data)
@@ -115,7 +115,7 @@ class _Arrival:
         while self._pieces:
             self._begin()
             self._finish()
-        self._session.on_end.discard(self.abandon)
+        self.session.on_end.discard(self.abandon)
 
     def abandon(self) -> None:
         """Gives back memory of a push that does not go on. Does not wait: a `feed` that is running does it."""
@@ -128,7 +128,7 @@ class _Arrival:
                 self._buffers = ()
             finally:
                 self._lock.release()
-            self._session.on_end.discard(self.abandon)
+            self.session.on_end.discard(self.abandon)
 
     def _begin(self) -> None:
         self._buffers = self._pieces[0].begin()
@@ -174,6 +174,9 @@ def answer_pushes(
                     incoming = _begin(jobs, pool, request.header, cancelled)
                     # However the stream ends: what has arrived of a push that does not is of no use.
                     left.callback(incoming.abandon)
+                    for data in incoming.session.chosen.link.received(request.header):
+                        traffic.pushed(len(data))
+                        incoming.feed(data)
                 else:
                     traffic.pushed(len(request.data))
                     incoming.feed(request.data)

@@ -13,9 +13,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-# gRPC's own lines about a port in use would stand beside the one that says what to do.
-os.environ.setdefault("GRPC_VERBOSITY", "NONE")
-
 import grpc
 import torch
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -24,6 +21,7 @@ from grpc_reflection.v1alpha import reflection
 from protos import MAX_MESSAGE_BYTES, zero_ps_pb2, zero_ps_pb2_grpc
 from ps.address import split_address
 from ps.jobs import Jobs
+from ps.links import Links
 from ps.optimizer import warm_up
 from ps.options import ServerOptions
 from ps.process import return_freed_blocks, share_heaps
@@ -72,7 +70,8 @@ class Server:
             return_freed_blocks(_RETURNED_BYTES)
             share_heaps(_HEAPS)
         self._jobs = Jobs(options.server, data_dir, Tier(options.memory_bytes, policy_named(options.server.eviction)))
-        self._service = ParameterServer(self._jobs)
+        self._links = Links(options.server.links)
+        self._service = ParameterServer(self._jobs, self._links)
         self._grpc = grpc.server(
             ThreadPoolExecutor(_MAX_THREADS, thread_name_prefix="grpc"),
             maximum_concurrent_rpcs=_MAX_THREADS,
@@ -117,6 +116,7 @@ class Server:
             time.sleep(0.02)
         self._grpc.stop(0).wait(1.0)
         self._jobs.close()
+        self._links.close()
 
 
 def serve(options: ServeOptions) -> None:

@@ -13,6 +13,7 @@ from ps.commits import CommitRequest, announce, commit, restore
 from ps.errors import Conflict, ServerError
 from ps.job import Job
 from ps.jobs import Jobs
+from ps.links import Links
 from ps.monitor import Patience
 from ps.opening import open_job, set_optimizer
 from ps.process import memory_bytes
@@ -70,8 +71,9 @@ def _patience(seconds: float, context: grpc.ServicerContext) -> Patience:
 class ParameterServer(zero_ps_pb2_grpc.ParameterServerServicer):
     """See protos/zero_ps.proto for what each call does."""
 
-    def __init__(self, jobs: Jobs) -> None:
+    def __init__(self, jobs: Jobs, links: Links) -> None:
         self._jobs = jobs
+        self._links = links
         self.traffic = Traffic()
 
     @_call
@@ -93,6 +95,7 @@ class ParameterServer(zero_ps_pb2_grpc.ParameterServerServicer):
             spilled_bytes=self._jobs.tier.spilled_bytes,
             spill_bytes_read=self._jobs.tier.bytes_read,
             spill_bytes_written=self._jobs.tier.bytes_written,
+            links=self._links.listening(),
             jobs=[_job_status(job) for job in self._jobs.loaded()]
             + [
                 pb.JobStatus(name=name, step=-1, committed_steps=steps, tags=tags)
@@ -115,14 +118,20 @@ class ParameterServer(zero_ps_pb2_grpc.ParameterServerServicer):
                 f"this server holds shard {options.index}/{options.num_shards}, the trainer expects shard "
                 f"{request.shard}/{request.num_shards} here; name all servers, in the order of their shards"
             )
-        job, session = self._jobs.open_session(
-            request.job,
-            request.rank,
-            request.world_size,
-            request.incarnation,
-            request.read_only,
-            _patience(request.timeout_seconds, context),
-        )
+        chosen = self._links.choose(request.links)
+        try:
+            job, session = self._jobs.open_session(
+                request.job,
+                request.rank,
+                request.world_size,
+                request.incarnation,
+                request.read_only,
+                _patience(request.timeout_seconds, context),
+            )
+        except BaseException:
+            chosen.link.close()
+            raise
+        job.use_link(session, chosen)
         shard = job.shard
         return pb.OpenSessionResponse(
             session_id=session.id,
@@ -133,6 +142,8 @@ class ParameterServer(zero_ps_pb2_grpc.ParameterServerServicer):
             ],
             metadata="" if shard is None else shard.metadata,
             restore_id="" if shard is None else shard.restore_id,
+            link=chosen.link.kind,
+            not_chosen=chosen.not_chosen,
         )
 
     @_call
@@ -261,4 +272,6 @@ def _session_status(session: Session) -> pb.SessionStatus:
         world_size=session.world_size,
         seconds_since_heartbeat=session.seconds_silent,
         read_only=session.read_only,
+        link=session.chosen.link.kind,
+        not_chosen=session.chosen.not_chosen,
     )

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from ps.errors import Conflict, InvalidRequest, RankLost, SessionEnded
+from ps.links import Chosen, GrpcLink
 from ps.monitor import Monitor, Patience
 
 MAX_WORLD_SIZE = 1 << 16
@@ -30,6 +31,8 @@ class Session:
     deaf_seconds: float = 0.0
     ended: str | None = None
     """Why it ended; None while it lives."""
+    chosen: Chosen = field(default_factory=lambda: Chosen(GrpcLink()))
+    """The link that carries its bytes."""
     on_end: set[Callable[[], None]] = field(default_factory=set)
     """What gives back memory that the trainer was about to fill. Called with the job's monitor held."""
 

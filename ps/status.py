@@ -1,11 +1,8 @@
 """`zero-ps status`: what servers hold and who is connected, as a table."""
 
-import os
 import sys
+from collections import Counter
 from collections.abc import Sequence
-
-# gRPC's own lines about a server that is not there would stand beside ours.
-os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 import grpc
 
@@ -14,7 +11,19 @@ from protos import zero_ps_pb2_grpc
 from protos.sizes import format_bytes
 from ps.address import split_address
 
-_HEADINGS = ("ADDRESS", "SHARD", "MEMORY", "CHUNKS", "PULLED", "PUSHED", "JOB", "STEP", "COMMITTED", "TRAINERS")
+_HEADINGS = (
+    "ADDRESS",
+    "SHARD",
+    "MEMORY",
+    "CHUNKS",
+    "PULLED",
+    "PUSHED",
+    "JOB",
+    "STEP",
+    "COMMITTED",
+    "TRAINERS",
+    "LINKS",
+)
 
 
 def print_status(addresses: Sequence[str], timeout_seconds: float) -> int:
@@ -62,10 +71,11 @@ def _rows(address: str, status: pb.StatusResponse) -> list[tuple[str, ...]]:
             "-" if job.step < 0 else str(job.step),
             _committed(job),
             _trainers(job),
+            _links(job),
         )
         for job in status.jobs
     ]
-    return [(*server, *job) for job in jobs or [("-", "-", "-", "-")]]
+    return [(*server, *job) for job in jobs or [("-", "-", "-", "-", "-")]]
 
 
 def _chunks(status: pb.StatusResponse) -> str:
@@ -92,6 +102,15 @@ def _trainers(job: pb.JobStatus) -> str:
     parts = [f"{len(ranks)} of {world_size}"] if ranks else []
     parts += [f"{readers} reading"] if readers else []
     return ", ".join(parts) or "-"
+
+
+def _links(job: pb.JobStatus) -> str:
+    """'2 shm', or '1 shm, 1 grpc (shm: the trainer runs on another host)'."""
+    kinds = Counter(
+        (session.link, "; ".join(f"{reason.kind}: {reason.reason}" for reason in session.not_chosen))
+        for session in job.sessions
+    )
+    return ", ".join(f"{count} {kind}{reasons and f' ({reasons})'}" for (kind, reasons), count in kinds.items()) or "-"
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:

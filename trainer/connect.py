@@ -8,13 +8,12 @@ from typing import Any
 
 from protos import names
 from protos import zero_ps_pb2 as pb
+from protos.links import KINDS, parse_kinds
 from trainer.errors import ConfigError, ConnectError
 from trainer.job import Job, new_id
-from trainer.links import GrpcLink
+from trainer.links import Candidates, Link
 from trainer.server import Server, call_all, find_servers
 from trainer.session import Session
-
-LINK_KINDS = ("grpc",)
 
 
 def connect(
@@ -36,7 +35,8 @@ def connect(
 
     servers: "host:port,host:port" or a list; every server of the set, in any order.
     rank, world_size: default to torchrun's RANK and WORLD_SIZE, else to 0 and 1.
-    links: the kinds of link to use; None allows all.
+    links: the kinds of link that may be used; None allows all. Each server gets the best one that both sides can
+        use; `Job.links` and `trainer.report` say which, and why no better one.
     read_only: only pull; takes part in no step.
     connect_timeout: seconds for the servers to answer and for all ranks to arrive.
     timeout: seconds that any later wait on a server or another trainer may take.
@@ -52,15 +52,28 @@ def connect(
         names.check_job_name(job)
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    unknown = [kind for kind in links or () if kind not in LINK_KINDS]
-    if unknown or (links is not None and not links):
-        raise ConfigError(f"links={list(links or ())!r}: name one or more of {', '.join(LINK_KINDS)}")
+    try:
+        kinds = KINDS if links is None else parse_kinds([links] if isinstance(links, str) else links)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"links={links!r}: {error}") from None
     found = find_servers(servers, connect_timeout)
     session = None
+    candidates: list[Candidates] = []
+    opened: list[Link] = []
     try:
+        for server in found:
+            candidates.append(Candidates(server, kinds))
         session = Session(
-            found, job=job, rank=rank, world_size=world_size, read_only=read_only, timeout=connect_timeout
+            found,
+            [each.offers for each in candidates],
+            job=job,
+            rank=rank,
+            world_size=world_size,
+            read_only=read_only,
+            timeout=connect_timeout,
         )
+        for each, state in zip(candidates, session.states, strict=True):
+            opened.append(each.open(state))
         result = Job(
             name=job,
             rank=rank,
@@ -68,7 +81,7 @@ def connect(
             read_only=read_only,
             servers=found,
             session=session,
-            links=[GrpcLink(server.stub, server.address, server.session_id) for server in found],
+            links=opened,
             timeout=timeout,
         )
         resumed = _resume(found, session, job, timeout) if rank == 0 or read_only else {}
@@ -80,6 +93,10 @@ def connect(
         result.complete = resumed["complete"] and tuple(resumed["complete"])
         return result
     except BaseException:
+        for link in opened:
+            link.close()
+        for each in candidates:
+            each.close()
         if session is not None:
             session.close()
         for server in found:

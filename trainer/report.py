@@ -32,6 +32,7 @@ class Report:
     evictions: how often a parameter was released before its next use because others needed the room.
     surprises: how often a module came that the trace did not expect.
     repaired_traces: how many new ways through the model the traces learned of that.
+    links: by server address, the kind of link in use, and why no better one is: 'grpc (shm: ...)'.
     """
 
     gathers: int
@@ -49,6 +50,7 @@ class Report:
     evictions: int
     surprises: int
     repaired_traces: int
+    links: Mapping[str, str]
 
     @property
     def total_stalled_seconds(self) -> float:
@@ -66,6 +68,7 @@ class Report:
             ("evicted before their next use", str(self.evictions)),
             ("traces", f"{self.surprises} surprises, {self.repaired_traces} repaired"),
         ]
+        rows += [(f"link to {address}", link) for address, link in self.links.items()]
         lines = [f"{name:<30} {value}" for name, value in rows]
         longest = sorted(self.stalled_seconds.items(), key=lambda pair: -pair[1])[:_SHOWN_MODULES]
         lines += [f"  waited {seconds:8.3f} s in {module or 'the root module'}" for module, seconds in longest]
@@ -78,7 +81,7 @@ def report(model: nn.Module) -> Report:
     statistics, residency, trace = coordinator.statistics, coordinator.residency, coordinator.forecast.trace
     transfer = coordinator.pace.total_seconds
     stalled = sum(statistics.stalled_seconds.values())
-    moved = _offloaded(model).job.stats
+    job = _offloaded(model).job
     return Report(
         gathers=statistics.gathers,
         hits=statistics.hits,
@@ -86,8 +89,8 @@ def report(model: nn.Module) -> Report:
         stalled_seconds=dict(statistics.stalled_seconds),
         transfer_seconds=transfer,
         hidden=max(0.0, 1.0 - stalled / transfer) if transfer else 1.0,
-        bytes_pulled=moved.bytes_pulled,
-        bytes_pushed=moved.bytes_pushed,
+        bytes_pulled=job.stats.bytes_pulled,
+        bytes_pushed=job.stats.bytes_pushed,
         live_bytes=residency.live_bytes,
         live_parameters=residency.live_elements,
         peak_live_bytes=residency.peak_bytes,
@@ -95,6 +98,7 @@ def report(model: nn.Module) -> Report:
         evictions=residency.evicted,
         surprises=trace.surprises,
         repaired_traces=trace.repaired,
+        links={server.address: link.describe() for server, link in zip(job.servers, job.links, strict=True)},
     )
 
 

@@ -27,6 +27,8 @@ class Server:
     def __init__(self, address: str) -> None:
         self.address = address
         self.session_id = ""
+        # What the server said of the kinds of link that it allows.
+        self.links: Sequence[pb.ServerLink] = ()
         self._channel = grpc.insecure_channel(address, options=_OPTIONS)
         self.stub = pb_grpc.ParameterServerStub(self._channel)
 
@@ -54,6 +56,7 @@ class Server:
                 f"{status.package_version}), this trainer speaks version {PROTOCOL_VERSION}; install the same "
                 "zero-ps on both"
             )
+        self.links = tuple(status.links)
         return status
 
     def start(self, method: str, request: object, timeout: float) -> "grpc.Future[Any]":

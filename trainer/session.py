@@ -20,6 +20,7 @@ _UNKNOWN_LEASE_SECONDS = 3.0
 class Session:
     """Opens a session with each server and renews it from a thread until `close`.
 
+    offers: of links, to each server.
     error: why a server no longer accepts this session (its lease ended, a newer process took the
         rank), or None.
     """
@@ -27,6 +28,7 @@ class Session:
     def __init__(
         self,
         servers: Sequence[Server],
+        offers: Sequence[Sequence[pb.LinkOffer]],
         *,
         job: str,
         rank: int,
@@ -56,6 +58,7 @@ class Session:
                 shard=shard,
                 num_shards=len(servers),
                 timeout_seconds=timeout,
+                links=offers[shard],
             )
             # The server waits up to `timeout` for a former group to end and says so itself.
             calls.append(server.start("OpenSession", request, timeout + 5))

@@ -260,7 +260,7 @@ def test_the_status_command_prints_a_table(cluster: LocalCluster, job_name: str)
     assert headings.split()[:3] == ["ADDRESS", "SHARD", "MEMORY"]
     (row,) = (row for row in rows if f" {job_name} " in row)
     assert row.split()[:2] == [cluster.addresses[0], "0/1"]
-    assert row.endswith("1 of 1")
+    assert "  1 of 1  " in row and "  1 grpc (shm: " in row
 
 
 def test_the_status_of_a_server_that_is_not_there(cluster: LocalCluster) -> None:

@@ -1,12 +1,16 @@
 """The interface of a link. Nothing above it knows by which transport the bytes come."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from enum import Enum
+from types import MappingProxyType
 
 import torch
+
+from protos import zero_ps_pb2 as pb
+from trainer.server import Server
 
 ChunkKey = tuple[int, int]
 """Index of a parameter in the manifest (for staged data: its staging id) and of a chunk in its grid."""
@@ -60,9 +64,17 @@ class Link(ABC):
     which they were sent; between pulls and pushes there is no order. Neither method blocks on the
     network: the returned future is done when the bytes have arrived, or carries the error. After an
     error of the connection itself every outstanding and later future carries it.
+
+    not_chosen: why each kind that would be better is not in use.
     """
 
     kind: str
+    not_chosen: Mapping[str, str] = MappingProxyType({})
+
+    def describe(self) -> str:
+        """The kind, and why no better one is in use: 'grpc (shm: ...)'."""
+        reasons = "; ".join(f"{kind}: {reason}" for kind, reason in self.not_chosen.items())
+        return f"{self.kind} ({reasons})" if reasons else self.kind
 
     @abstractmethod
     def pull(self, pull: Pull) -> "Future[None]": ...
@@ -73,3 +85,27 @@ class Link(ABC):
     @abstractmethod
     def close(self) -> None:
         """Ends the link; what is outstanding fails. Safe to call twice."""
+
+
+class LinkUnusable(Exception):
+    """This kind of link cannot be used; the message says why, for whoever wonders about speed."""
+
+
+class Candidate(ABC):
+    """A kind of link to one server that may work, before the server has chosen.
+
+    What it takes is prepared when it is made, which raises LinkUnusable where it cannot be.
+    """
+
+    kind: str
+
+    def offer(self) -> pb.LinkOffer:
+        """What the server has to know of it."""
+        return pb.LinkOffer(kind=self.kind)
+
+    @abstractmethod
+    def open(self, server: Server) -> Link:
+        """The link, once the server has chosen it; the candidate is used up then."""
+
+    def close(self) -> None:  # noqa: B027 (most have nothing to give up)
+        """It was not chosen."""

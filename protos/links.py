@@ -1,0 +1,20 @@
+"""The kinds of link between a trainer and a server, which both sides rank alike."""
+
+from collections.abc import Iterable
+
+KINDS = ("shm", "grpc")
+"""Every kind, the best first.
+
+shm: memory that both processes share, on one host. grpc: messages over the connection that carries control;
+the one that always works.
+"""
+
+
+def parse_kinds(kinds: Iterable[str]) -> tuple[str, ...]:
+    """The kinds named, the best first. Raises ValueError for one that does not exist, and for none."""
+    named = set(kinds)
+    if unknown := sorted(named - set(KINDS)):
+        raise ValueError(f"{unknown[0]!r} is no kind of link; name one or more of {', '.join(KINDS)}")
+    if not named:
+        raise ValueError(f"no kind of link is named; name one or more of {', '.join(KINDS)}")
+    return tuple(kind for kind in KINDS if kind in named)

@@ -1,0 +1,67 @@
+"""The interface of a link on the server's side. Versions, order and errors are not its business."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+from protos import zero_ps_pb2 as pb
+
+
+class LinkRefused(Exception):
+    """This kind of link cannot be used; the message says why, for whoever wonders about speed."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """Bytes that leave together, such as a chunk's at one version.
+
+    read: a range of them. Raises a ServerError when they are not what was asked for any more.
+    """
+
+    num_bytes: int
+    read: Callable[[int, int], bytes]
+
+
+class Link(ABC):
+    """Carries the bytes of one session.
+
+    The Pull and Push streams call it from one thread each.
+    """
+
+    kind: str
+
+    @abstractmethod
+    def answer(self, blocks: Iterable[Block | None]) -> Iterator[tuple[pb.PullResponse, int]]:
+        """The responses that give a trainer these blocks, back to back, and how many bytes each one gives.
+
+        At least one, also if there is nothing to give. None among the blocks means that the next one will
+        take a while: what is there is sent.
+        """
+
+    @abstractmethod
+    def received(self, header: pb.PushHeader) -> Iterator[memoryview]:
+        """The bytes of a push that come in another way than as messages, in order.
+
+        They are read before the next is asked for, and not after the push was acknowledged. Raises
+        InvalidRequest for a header that names what this session does not have.
+        """
+
+    def close(self) -> None:  # noqa: B027 (most have nothing to give up)
+        """The session has ended. Safe to call twice, and with any lock held."""
+
+
+class LinkKind(ABC):
+    """One kind of link as this server has it, for all sessions."""
+
+    kind: str
+
+    def listening(self) -> pb.ServerLink:
+        """What a trainer has to know before it offers this kind."""
+        return pb.ServerLink(kind=self.kind)
+
+    @abstractmethod
+    def accept(self, offer: pb.LinkOffer) -> Link:
+        """A link as a trainer offers it. Raises LinkRefused."""
+
+    def close(self) -> None:  # noqa: B027 (most have nothing to give up)
+        """The server stops."""

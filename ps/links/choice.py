@@ -1,0 +1,74 @@
+"""Which link a session gets: the best one that both sides can use, and why no better one."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from protos import zero_ps_pb2 as pb
+from protos.links import KINDS
+from ps.errors import Conflict
+from ps.links.base import Link, LinkKind, LinkRefused
+from ps.links.grpc import GrpcKind
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A session's link. not_chosen: why each kind that would be better is not in use."""
+
+    link: Link
+    not_chosen: tuple[pb.LinkReason, ...] = ()
+
+
+class Links:
+    """The kinds of link that this server allows."""
+
+    def __init__(self, allowed: Sequence[str] = KINDS) -> None:
+        # The best first.
+        self._kinds: dict[str, LinkKind] = {}
+        self._unavailable: dict[str, str] = {}
+        for kind in KINDS:
+            if kind not in allowed:
+                self._unavailable[kind] = "the server does not allow it (zero-ps serve --links)"
+                continue
+            try:
+                self._kinds[kind] = _new_kind(kind)
+            except LinkRefused as refused:
+                self._unavailable[kind] = str(refused)
+
+    def listening(self) -> list[pb.ServerLink]:
+        return [kind.listening() for kind in self._kinds.values()]
+
+    def choose(self, offers: Sequence[pb.LinkOffer]) -> Chosen:
+        """The link for a trainer that offers these. Raises Conflict, with every reason, if there is none."""
+        by_kind = {offer.kind: offer for offer in offers or [pb.LinkOffer(kind="grpc")]}
+        reasons: list[pb.LinkReason] = []
+        for kind in KINDS:
+            try:
+                return Chosen(self._accept(kind, by_kind.get(kind)), tuple(reasons))
+            except LinkRefused as refused:
+                reasons.append(pb.LinkReason(kind=kind, reason=str(refused)[:_MAX_REASON_CHARS]))
+        listed = "; ".join(f"{reason.kind}: {reason.reason}" for reason in reasons)
+        raise Conflict(f"trainer and server have no link that both can use. {listed}")
+
+    def _accept(self, kind: str, offer: pb.LinkOffer | None) -> Link:
+        if offer is not None and offer.reason:
+            raise LinkRefused(offer.reason)
+        if kind in self._unavailable:
+            raise LinkRefused(self._unavailable[kind])
+        if offer is None:
+            raise LinkRefused("the trainer does not know it")
+        return self._kinds[kind].accept(offer)
+
+    def close(self) -> None:
+        for kind in self._kinds.values():
+            kind.close()
+
+
+_MAX_REASON_CHARS = 500
+
+
+def _new_kind(kind: str) -> LinkKind:
+    """Raises LinkRefused where the system lacks what it takes."""
+    match kind:
+        case "grpc":
+            return GrpcKind()
+    raise LinkRefused("this version has no such link")

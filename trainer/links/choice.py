@@ -1,0 +1,56 @@
+"""What a trainer offers each server, and the link that comes of it."""
+
+from collections.abc import Sequence
+
+from protos import zero_ps_pb2 as pb
+from protos.links import KINDS
+from trainer.links.base import Candidate, Link, LinkUnusable
+from trainer.links.grpc import GrpcCandidate
+from trainer.server import Server
+
+
+class Candidates:
+    """The kinds of link that may work between this trainer and one server."""
+
+    def __init__(self, server: Server, allowed: Sequence[str] = KINDS) -> None:
+        """Tries what can be tried before there is a session."""
+        self._server = server
+        self._candidates: dict[str, Candidate] = {}
+        self.offers: list[pb.LinkOffer] = []
+        offered = {link.kind: link for link in server.links}
+        try:
+            for kind in KINDS:
+                try:
+                    if kind not in allowed:
+                        raise LinkUnusable("the trainer does not allow it (links of trainer.connect)")
+                    if kind in offered:
+                        self._candidates[kind] = _new_candidate(offered[kind])
+                        self.offers.append(self._candidates[kind].offer())
+                    else:
+                        # The server knows best why.
+                        self.offers.append(pb.LinkOffer(kind=kind))
+                except LinkUnusable as error:
+                    self.offers.append(pb.LinkOffer(kind=kind, reason=str(error)))
+        except BaseException:
+            self.close()
+            raise
+
+    def open(self, state: pb.OpenSessionResponse) -> Link:
+        """The link that the server chose. The others are given up."""
+        # A server that answers nothing knows one kind.
+        link = self._candidates.pop(state.link or "grpc").open(self._server)
+        link.not_chosen = {reason.kind: reason.reason for reason in state.not_chosen}
+        self.close()
+        return link
+
+    def close(self) -> None:
+        while self._candidates:
+            self._candidates.popitem()[1].close()
+
+
+def _new_candidate(offered: pb.ServerLink) -> Candidate:
+    """Raises LinkUnusable."""
+    match offered.kind:
+        case "grpc":
+            return GrpcCandidate()
+    raise LinkUnusable("this version has no such link")

@@ -1,0 +1,258 @@
+"""Two bidirectional gRPC streams, one for pulls and one for pushes: what all links to a server have in common.
+
+Order, errors and the end of a connection are dealt with here.
+"""
+
+import queue
+import threading
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+import grpc
+import torch
+
+from protos import dtypes
+from protos import zero_ps_pb2 as pb
+from protos import zero_ps_pb2_grpc as pb_grpc
+from trainer.links.base import Link, Pull, Push, PushKind
+from trainer.rpc import from_rpc_error, from_stream_error
+
+_PUSH_KINDS = {
+    PushKind.GRADIENT: pb.PushHeader.KIND_GRADIENT,
+    PushKind.WEIGHT: pb.PushHeader.KIND_WEIGHT,
+    PushKind.STAGED: pb.PushHeader.KIND_STAGED,
+}
+
+
+@dataclass
+class _PendingPull:
+    request_id: int
+    destinations: Sequence[torch.Tensor]
+    future: "Future[None]" = field(default_factory=Future)
+    # Where the next byte goes.
+    index: int = 0
+    offset: int = 0
+
+    def __post_init__(self) -> None:
+        self._skip_full()
+
+    @property
+    def complete(self) -> bool:
+        return self.index >= len(self.destinations)
+
+    def receive(self, source: torch.Tensor) -> None:
+        """Scatters bytes over the destinations; they may span several of them."""
+        size = source.numel()
+        position = 0
+        while position < size:
+            if self.complete:
+                raise ValueError(f"{size - position} bytes more than were asked for")
+            destination = self.destinations[self.index]
+            count = min(size - position, destination.numel() - self.offset)
+            destination.narrow(0, self.offset, count).copy_(source.narrow(0, position, count))
+            position += count
+            self.offset += count
+            self._skip_full()
+
+    def _skip_full(self) -> None:
+        while not self.complete and self.offset == self.destinations[self.index].numel():
+            self.index += 1
+            self.offset = 0
+
+
+class StreamLink(Link):
+    """A link whose pulls and pushes are requests of the two streams. A subclass says how bytes travel."""
+
+    def __init__(self, stub: pb_grpc.ParameterServerStub, address: str, session_id: str) -> None:
+        self.address = address
+        self._pulls = _PullStream(self, stub, session_id)
+        self._pushes = _PushStream(self, stub, session_id)
+
+    def pull(self, pull: Pull) -> "Future[None]":
+        return self._pulls.submit(pull)
+
+    def push(self, push: Push) -> "Future[None]":
+        return self._pushes.submit(push)
+
+    def close(self) -> None:
+        self._pulls.close()
+        self._pushes.close()
+
+    @abstractmethod
+    def _unpack(self, response: pb.PullResponse) -> Iterator[torch.Tensor]:
+        """What a response gives of its pull, in order, as 1-d uint8 tensors. They are read before the next one is
+        asked for, and not after that."""
+
+    @abstractmethod
+    def _pack(self, push: Push, header: pb.PushHeader) -> Iterator[bytes]:
+        """The messages that follow a header, which may be added to before the first is asked for."""
+
+
+_Outgoing = TypeVar("_Outgoing")
+_Response = TypeVar("_Response", pb.PullResponse, pb.PushResponse)
+
+
+class _Stream(ABC, Generic[_Outgoing, _Response]):
+    """What both directions share: an outgoing queue, a thread that reads answers, an error that ends all."""
+
+    _responses: Any
+
+    def __init__(self, address: str, name: str) -> None:
+        self._address = address
+        self._outgoing: queue.SimpleQueue[_Outgoing | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._error: Exception | None = None
+        self._next_id = 1
+        self._reader = threading.Thread(target=self._read, name=f"{name} {address}", daemon=True)
+
+    def _sending(self) -> Iterator[_Outgoing]:
+        """What was submitted, until the stream fails or is closed."""
+        while (item := self._outgoing.get()) is not None:
+            yield item
+
+    def _read(self) -> None:
+        try:
+            for response in self._responses:
+                self._receive(response)
+            self._fail(from_stream_error(self._address, grpc.StatusCode.UNAVAILABLE, "the stream ended"))
+        except grpc.RpcError as error:
+            self._fail(from_rpc_error(error, self._address))
+        except Exception as error:  # a fault of ours must not leave anyone waiting
+            self._fail(error)
+
+    @abstractmethod
+    def _receive(self, response: _Response) -> None: ...
+
+    @abstractmethod
+    def _outstanding(self) -> "list[Future[None]]":
+        """Takes every future that is not done; called with the lock held."""
+
+    def _fail(self, error: Exception) -> None:
+        with self._lock:
+            self._error = self._error or error
+            futures = self._outstanding()
+        for future in futures:
+            future.set_exception(error)
+        self._outgoing.put(None)
+
+    def close(self) -> None:
+        self._fail(from_stream_error(self._address, grpc.StatusCode.CANCELLED, "the link was closed"))
+        self._responses.cancel()
+
+
+class _PullStream(_Stream[pb.PullRequest, pb.PullResponse]):
+    def __init__(self, link: StreamLink, stub: pb_grpc.ParameterServerStub, session_id: str) -> None:
+        super().__init__(link.address, "zero-ps pull")
+        self._link = link
+        self._session_id = session_id
+        self._pending: deque[_PendingPull] = deque()
+        self._responses = stub.Pull(self._sending())
+        self._reader.start()
+
+    def submit(self, pull: Pull) -> "Future[None]":
+        with self._lock:
+            pending = _PendingPull(self._next_id, pull.destinations)
+            self._next_id += 1
+            if self._error is not None:
+                pending.future.set_exception(self._error)
+                return pending.future
+            if pending.complete:
+                pending.future.set_result(None)
+                return pending.future
+            self._pending.append(pending)
+            self._outgoing.put(
+                pb.PullRequest(
+                    session_id=self._session_id,
+                    request_id=pending.request_id,
+                    version=pull.version,
+                    dtype=pb.DTYPE_UNSPECIFIED if pull.dtype is None else dtypes.from_torch(pull.dtype),
+                    chunks=[pb.ChunkRef(parameter=p, chunk=c) for p, c in pull.chunks],
+                    staged=pull.staged,
+                    timeout_seconds=pull.timeout,
+                )
+            )
+        return pending.future
+
+    def _receive(self, response: pb.PullResponse) -> None:
+        head = self._pending[0] if self._pending else None
+        if head is None or head.request_id != response.request_id:
+            raise ValueError(f"server {self._address} answered pull {response.request_id}, which nobody awaits")
+        if response.HasField("error"):
+            self._pending.popleft()
+            head.destinations = ()
+            code = response.error.code
+            head.future.set_exception(from_stream_error(self._address, code, response.error.message))
+            return
+        for source in self._link._unpack(response):
+            head.receive(source)
+        if head.complete:
+            self._pending.popleft()
+            # Whoever waits may look at once whether anybody still holds a view of the memory.
+            head.destinations = ()
+            head.future.set_result(None)
+
+    def _outstanding(self) -> "list[Future[None]]":
+        futures = [pending.future for pending in self._pending]
+        self._pending.clear()
+        return futures
+
+
+class _PushStream(_Stream[tuple[int, Push], pb.PushResponse]):
+    def __init__(self, link: StreamLink, stub: pb_grpc.ParameterServerStub, session_id: str) -> None:
+        super().__init__(link.address, "zero-ps push")
+        self._link = link
+        self._session_id = session_id
+        self._pending: dict[int, Future[None]] = {}
+        self._responses = stub.Push(self._messages())
+        self._reader.start()
+
+    def submit(self, push: Push) -> "Future[None]":
+        future: Future[None] = Future()
+        with self._lock:
+            if self._error is not None:
+                future.set_exception(self._error)
+                return future
+            request_id = self._next_id
+            self._next_id += 1
+            self._pending[request_id] = future
+            self._outgoing.put((request_id, push))
+        return future
+
+    def _messages(self) -> Iterator[pb.PushRequest]:
+        for request_id, push in self._sending():
+            header = pb.PushHeader(
+                session_id=self._session_id,
+                request_id=request_id,
+                kind=_PUSH_KINDS[push.kind],
+                step=push.step,
+                dtype=dtypes.from_torch(push.dtype),
+                chunks=[pb.ChunkRef(parameter=p, chunk=c) for p, c in push.chunks],
+                sequence=push.sequence,
+                chunk_bytes=[s.numel() for s in push.sources] if push.kind is PushKind.STAGED else (),
+            )
+            messages = self._link._pack(push, header)
+            yield pb.PushRequest(header=header)
+            for data in messages:
+                yield pb.PushRequest(data=data)
+            # Held here it would keep the last tensors alive until the next push.
+            del push
+
+    def _receive(self, response: pb.PushResponse) -> None:
+        with self._lock:
+            future = self._pending.pop(response.request_id, None)
+        if future is None:
+            raise ValueError(f"server {self._address} answered push {response.request_id}, which nobody awaits")
+        if response.HasField("error"):
+            code = response.error.code
+            future.set_exception(from_stream_error(self._address, code, response.error.message))
+        else:
+            future.set_result(None)
+
+    def _outstanding(self) -> "list[Future[None]]":
+        futures = list(self._pending.values())
+        self._pending.clear()
+        return futures
