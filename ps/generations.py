@@ -102,7 +102,7 @@ class Generations:
             parts.append((chunk.state_part(name, dtype, scalar=not array.per_element), file))
         for part, file in parts:
             if part.spillable:
-                shard.tier.found(part, file.path)
+                shard.tier.found(part, file)
             else:
                 part.hold(read_tensor(file, part.shape, part.dtype))
 

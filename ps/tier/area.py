@@ -14,12 +14,14 @@ import itertools
 import os
 import shutil
 import threading
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import torch
+
 from ps.errors import StorageFailed
-from ps.store import durable
+from ps.store import checksum, durable
 from ps.store.arrays import METADATA_FILE, ChunkedArray, group_metadata
 from ps.tier import direct
 
@@ -28,6 +30,11 @@ _AT_CWD = -100
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 _REMEDY = "the last commit is untouched"
+
+_DAMAGED_REMEDY = (
+    "Put the file back from a copy, or move its generation's folder away on every server to go back to the one "
+    "before; then start the trainers again"
+)
 
 
 class Area:
@@ -49,15 +56,41 @@ class Area:
         return f"{self.folder}/{array.chunk_key(chunk)}"
 
     def read(self, array: ChunkedArray, chunk: int, into: memoryview, size: int, label: str) -> None:
-        """Raises StorageFailed, naming the file."""
+        """What was spilled. Raises StorageFailed, naming the file."""
         path = self.path(array, chunk)
-        try:
+        with self._loss(label, path, f"{_REMEDY.capitalize()}: start the trainers again, and they go on from there"):
             direct.read_file(path, into, size, array.chunk_bytes)
-        except (OSError, EOFError) as error:
+
+    def read_committed(
+        self,
+        array: ChunkedArray,
+        chunk: int,
+        into: memoryview,
+        size: int,
+        label: str,
+        source: Path,
+        crc32c: int | None,
+    ) -> None:
+        """What was linked from `source`. crc32c: of the file, to be compared; None if that is not wanted.
+
+        Raises StorageFailed, naming the file in the generation.
+        """
+        with self._loss(label, source, _DAMAGED_REMEDY):
+            direct.read_file(self.path(array, chunk), into, size, array.chunk_bytes)
+            if crc32c is not None:
+                found = checksum.crc32c(torch.frombuffer(into[:size], dtype=torch.uint8), array.chunk_bytes)
+                if found != crc32c:
+                    raise ValueError(f"its CRC32C is {found:08x}, and it was written with {crc32c:08x}")
+
+    @contextmanager
+    def _loss(self, label: str, file: Path | str, remedy: str) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, EOFError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
             why = (
-                f"cannot read {label} back from {path}: {reason}; the state of this server is not whole without it. "
-                f"{_REMEDY.capitalize()}: start the trainers again, and they go on from there"
+                f"cannot read {label} back from {file}: {reason}; the state of this server is not whole without it. "
+                f"{remedy}"
             )
             self.on_loss(why)
             raise StorageFailed(why) from error

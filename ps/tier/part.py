@@ -6,6 +6,7 @@ from typing import Literal
 
 import torch
 
+from ps.store import ChunkFile
 from ps.store.arrays import ChunkedArray
 from ps.tier.area import Area
 from ps.tier.buffers import Buffer, page_aligned
@@ -24,6 +25,7 @@ class Part:
     forecast: when it is used next, on a scale of the job's own; None where nobody can tell.
     derivable: whether it can be made again from another part, and so be dropped instead of being written.
     filled: whether it has content, here or on disk.
+    committed: the generation's file that the part's own is another name of; None for what was written here.
 
     The rest belongs to the tier. `tensor` may be used by whoever holds a lease of the part, and always where
     there is no place.
@@ -35,6 +37,8 @@ class Part:
         "buffer",
         "busy",
         "chunk",
+        "committed",
+        "compared",
         "derivable",
         "discarded",
         "dtype",
@@ -81,6 +85,9 @@ class Part:
         self.busy: Literal["loading", "writing"] | None = None
         self.discarded = False
         self.error: Exception | None = None
+        self.committed: ChunkFile | None = None
+        # Whether the checksum of what was committed has been compared: once is enough.
+        self.compared = False
         self.pins = 0
         # Content is counted, so that a write which was overtaken by a change is not taken for the newest.
         self.stamp = 0
@@ -146,15 +153,22 @@ class Part:
         target.area.take(self.area.path(self.array, self.chunk), target.array, target.chunk, target.label)
         return True
 
-    def link(self, file: Path) -> None:
+    def link(self, file: ChunkFile) -> None:
         """Makes a file the part's own, too. Raises StorageFailed."""
         assert self.area is not None and self.array is not None
-        self.area.link(self.array, self.chunk, file, self.label)
+        self.area.link(self.array, self.chunk, file.path, self.label)
+        self.committed, self.compared = file, False
 
     def load(self) -> None:
         assert self.area is not None and self.array is not None and self.buffer is not None
-        self.area.read(self.array, self.chunk, self.buffer.data.numpy().data, self.nbytes, self.label)
+        what = (self.array, self.chunk, self.buffer.data.numpy().data, self.nbytes, self.label)
+        if self.committed is None:
+            self.area.read(*what)
+        else:
+            self.area.read_committed(*what, self.committed.path, None if self.compared else self.committed.crc32c)
+            self.compared = True
 
     def save(self) -> None:
         assert self.area is not None and self.array is not None and self.buffer is not None
         self.area.write(self.array, self.chunk, self.buffer.data.numpy().data, self.nbytes, self.label)
+        self.committed = None

@@ -18,13 +18,13 @@ Without a limit there is nothing to wait for, there are no threads and no files:
 """
 
 from collections.abc import Iterable
-from pathlib import Path
 
 import torch
 
 from protos.sizes import format_bytes
 from ps.errors import OutOfBudget, StorageFailed
 from ps.monitor import Monitor, Patience
+from ps.store import ChunkFile
 from ps.tier.incoming import Arrivals, Incoming
 from ps.tier.leases import ALWAYS, Lease, Leases
 from ps.tier.part import Part
@@ -240,8 +240,10 @@ class Tier:
         if errors:
             raise errors[0]
 
-    def found(self, part: Part, file: Path) -> None:
+    def found(self, part: Part, file: ChunkFile) -> None:
         """The part's content is in a file that will not change; the part gets a name of its own for it.
+
+        Its checksum is compared when it is first read.
 
         Raises StorageFailed.
         """

@@ -163,6 +163,27 @@ def step_and_pull(client: Client) -> None:
         client.pull(number, version=1)
 
 
+def test_a_restored_chunk_is_compared_with_its_checksum_when_it_is_first_read(
+    cluster: LocalCluster, job_name: str
+) -> None:
+    """The restore itself reads none. A bit that changed on the disk is an error that names the generation's file."""
+    (client,) = start_job(cluster.addresses[0], PARAMETERS, job=job_name, lr=1.0)
+    client.call("Commit", step=0)
+    train_a_step(client)
+    damaged = cluster.data_dirs[0] / job_name / "generations/00000000/weight/w7/c/0/0"
+    whole = damaged.read_bytes()
+    damaged.write_bytes(whole[:1000] + bytes([whole[1000] ^ 1]) + whole[1001:])
+    client.call("Restore", step=0)
+    code, message = error_of(lambda: client.pull(7))
+    # The latter if it was read ahead.
+    assert code in (grpc.StatusCode.DATA_LOSS, grpc.StatusCode.INTERNAL)
+    assert f"cannot read weight of chunk 0 of 'w7' back from {damaged}: its CRC32C is " in message
+    assert "Put the file back from a copy, or move its generation's folder away on every server" in message
+    client.close()
+    damaged.write_bytes(whole)
+    go_on(Client(cluster.addresses[0], job=job_name))
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system with room for some 48 MiB."""
