@@ -135,7 +135,7 @@ def announce(job: Job, session: Session, request: CommitRequest, patience: Patie
     request.check()
     job.steps.of(session)
     shard = job.open_shard()
-    if shard.step > request.key.step:
+    if shard.newest_version > request.key.step:
         raise _gone(job, shard, request.key.step)
     running = job.commits.add(request.key, patience, announced=True)
     # Nobody is there to go away: the trainer may wait for the outcome with another call, or never.
@@ -226,4 +226,4 @@ def _flush(job: Job, shard: Shard, snapshot: Snapshot, tag: str) -> int:
 
 
 def _gone(job: Job, shard: Shard, step: int) -> VersionGone:
-    return VersionGone(f"step {step} of job {job.name!r} is gone: updates to step {shard.step} have begun")
+    return VersionGone(f"step {step} of job {job.name!r} is gone: updates to step {shard.newest_version} have begun")

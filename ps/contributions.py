@@ -37,12 +37,14 @@ class _Accumulator:
     part: the sum, of the chunk's shape. In a limited tier a single contribution stays in the dtype in which
         it came: converting it later is exact, and it takes half the room on disk.
     count: contributions counted in `step`.
+    final_step: the step in which the trainer contributes no more to this chunk, or -1.
     zero_after_update: `zero_grad` came while the update that reads this was still to run.
     """
 
     part: Part | None = None
     step: int = -1
     count: int = 0
+    final_step: int = -1
     zero_after_update: bool = False
 
 
@@ -96,6 +98,21 @@ class Contributions:
         if sequence > counted:
             raise Conflict(f"gradient {sequence} of {chunk.label} in step {step} came before gradient {counted} did")
         return sequence == counted
+
+    def finish(self, chunk: Chunk, step: int) -> None:
+        """The chunk gets no more gradients in this step; expects `lock` and the job's monitor to be held."""
+        self._accumulators.setdefault(chunk, _Accumulator()).final_step = step
+
+    def is_final(self, chunk: Chunk, step: int) -> bool:
+        """Whether the step may use the chunk's gradient as it is."""
+        if self.stepped == step:
+            return True
+        accumulator = self._accumulators.get(chunk)
+        return accumulator is not None and accumulator.final_step == step
+
+    def final_chunks(self, step: int) -> list[Chunk]:
+        """The chunks that `finish` was called for."""
+        return [chunk for chunk, accumulator in list(self._accumulators.items()) if accumulator.final_step == step]
 
     def add(self, gradient: Gradient, step: int, patience: Patience | None = None) -> torch.Tensor | None:
         """Adds a contribution. Returns memory that the caller may use again.

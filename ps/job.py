@@ -72,6 +72,10 @@ class Job:
         shard = self.shard
         if shard is not None:
             self.wait_at_rest(shard, session, patience)
+            with self.monitor:
+                # What the former trainer left may have turned out to be of no use only now.
+                if len(self.sessions.living()) == 1 and self.shard is shard:
+                    self._drop_useless_state()
         return session
 
     def use_link(self, session: Session, chosen: Chosen) -> None:
@@ -98,7 +102,7 @@ class Job:
             give_back()
         session.chosen.link.close()
         self.plans.pop(session.id, None)
-        if self.shard is not None and self.shard.schedule is not None:
+        if self.shard is not None:
             self.shard.schedule.forget(session.id)
 
     def _drop_useless_state(self) -> None:
@@ -225,13 +229,19 @@ class Job:
         # Whatever was staged and fitted nowhere has been read back before training began.
         self.staging(session).clear()
 
+    def announce_step(self, session: Session, step: int, wish: StepWish, patience: Patience) -> None:
+        """What the session will ask for with `step_from`; see `Steps.announce`."""
+        shard = self.open_shard()
+        self.steps.catch_up(session, shard, step, patience)
+        self.steps.announce(session, shard, step, wish)
+
     def set_plan(self, session: Session, shard: Shard, plan: Plan) -> None:
         """Replaces what the session said before of the order in which it uses parameters."""
         plan.check(len(shard.manifest))
         with self.monitor:
             session.check()
             self.plans[session.id] = plan
-        if shard.schedule is not None and session.rank == 0 and not session.read_only:
+        if session.rank == 0 and not session.read_only:
             shard.schedule.follow(plan, shard.chunks_of())
             self.tier.rank_again()
 
@@ -241,22 +251,33 @@ class Job:
         """A session pulls a chunk (in `dtype`) or sends its gradient. Where memory is limited, what it needs next
         is read ahead."""
         schedule = shard.schedule
-        if schedule is None or session.read_only:
+        if session.read_only:
             return
-        if schedule.used(session.id, kind, chunk, step):
+        began = schedule.used(session.id, kind, chunk, step)
+        if not self.tier.limited:
+            return
+        if began:
             self.tier.rank_again()
         self.tier.ahead(
             part
             for use, later in schedule.upcoming(session.id, self.tier.ahead_limit_bytes)
-            if (part := self._needed(session, use, later, step, dtype)) is not None
+            for part in self._needed(session, shard, use, later, step, dtype)
         )
 
-    def _needed(self, session: Session, kind: Kind, chunk: Chunk, step: int, dtype: torch.dtype | None) -> Part | None:
-        """What of a chunk a use in the near future needs, if that is there already."""
+    def _needed(
+        self, session: Session, shard: Shard, kind: Kind, chunk: Chunk, step: int, dtype: torch.dtype | None
+    ) -> Iterator[Part]:
+        """What of a chunk a use in the near future needs, as far as that is there already."""
         if kind == "gradient":
-            return self.steps.part(session, chunk)
-        # What has still to be updated will be in memory then.
-        return chunk.pulled(dtype) or chunk.weight if chunk.version >= step else None
+            if (part := self.steps.part(session, chunk)) is not None:
+                yield part
+            if shard.schedule.is_early(chunk) and chunk.version == step:
+                # Its update follows at once.
+                yield chunk.weight
+                yield from chunk.state.values()
+        elif chunk.version >= step:
+            # What has still to be updated will be in memory then.
+            yield chunk.pulled(dtype) or chunk.weight
 
     # ------------------------------------------------------------ waiting
 
@@ -280,11 +301,11 @@ class Job:
         )
 
     def wait_at_rest(self, shard: Shard, session: Session, patience: Patience) -> None:
-        """Waits until no update is running or about to."""
+        """Waits until no update is running or about to, and no announced step has updated a part of the chunks."""
         self.monitor.wait_until(
-            lambda: shard.updated_step == shard.step or shard.failure is not None,
+            lambda: shard.at_rest or shard.failure is not None,
             patience,
-            lambda: f"updates to step {shard.step} of job {self.name!r}, which is at {shard.updated_step}",
+            lambda: f"updates to step {shard.newest_version} of job {self.name!r}, which is at {shard.updated_step}",
             session.check,
         )
 

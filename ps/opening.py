@@ -147,6 +147,7 @@ def _set_optimizer(job: Job, session: Session, shard: Shard, spec: OptimizerSpec
             )
         if shard.optimizer is not None and shard.spec == spec:
             return
+        job.steps.check_none_announced()
         if shard.optimizer is not None:
             optimizer.arrays = {**shard.optimizer.arrays, **optimizer.arrays}
         shard.spec, shard.optimizer = spec, optimizer

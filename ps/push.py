@@ -220,7 +220,8 @@ def _gradient(
     patience = Patience.of(_UPDATE_WAIT_SECONDS, cancelled)
     for chunk in chunks:
         job.wait_for_version(session, shard, chunk, step, patience)
-        if chunk.version != step:
+        # One that is sent again may find its chunk updated.
+        if chunk.version != step and contributions.check_sequence(chunk, step, header.sequence):
             raise Conflict(f"a gradient of step {step} for {chunk.label} came at version {chunk.version}")
         job.used(session, shard, "gradient", chunk, step)
 
@@ -235,7 +236,7 @@ def _gradient(
         if job.shard is not shard:
             raise Conflict(f"job {job.name!r} was restored meanwhile")
         gradients = [Gradient(*part, buffer) for part, buffer in zip(some, buffers, strict=True)]
-        for spare in job.steps.add(session, contributions, step, header.sequence, gradients):
+        for spare in job.steps.add(session, contributions, step, header.sequence, gradients, final=header.final):
             if not job.tier.limited:
                 pool.give(spare)
 

@@ -1,9 +1,10 @@
 """When each chunk of a shard is used next: the cycle of training, and where in it everybody is.
 
 An iteration at step s is what trainers do in their order (pulls at version s, gradients of step s), then
-norms if there are any, then the update of every chunk in the order of the manifest. The order of the first
-is what a trainer stated (`Plan`), else the order of its last iteration as the server saw it, else forwards
-through the manifest and back.
+norms if there are any, then the update of every chunk in the order in which the next iteration pulls them. The
+order of the first is what a trainer stated (`Plan`), else the order of its last iteration as the server saw it,
+else forwards through the manifest and back. A chunk that was updated right after its gradient, by an announced
+step, is expected to be so again.
 
 Times are integers: `STEP` for each step, and places within it.
 """
@@ -37,9 +38,10 @@ class _Follower:
 
 
 class Schedule:
-    """The schedule of one shard, for a tier with a limit.
+    """The schedule of one shard.
 
-    Forecasts only decide what is in memory; they need no lock, and may be wrong.
+    It decides in which order chunks are updated and, in a tier with a limit, what is in memory. Neither
+    changes any result, so it needs no lock, and may be wrong.
     """
 
     def __init__(self, chunks: Sequence[Chunk]) -> None:
@@ -53,7 +55,12 @@ class Schedule:
         forward: list[Use] = [("pull", chunk) for chunk in self._chunks]
         backward: list[Use] = [(kind, c) for c in reversed(self._chunks) for kind in ("pull", "gradient")]
         self._stated = False
+        # Those that the last step updated as soon as their gradients were final.
+        self._early: set[Chunk] = set()
         self._set_order([*forward, *backward])
+
+    def forecast(self) -> None:
+        """Has chunks know when their parts are used next."""
         for chunk in self._chunks:
             for kind, uses in (
                 ("weight", self._weight),
@@ -98,7 +105,19 @@ class Schedule:
         self._has_norms = True
         self._normed = (step, len(self._chunks) if chunk is None else self._index[chunk])
 
+    def updated(self, chunk: Chunk, *, early: bool) -> None:
+        """A step has updated the chunk: as soon as its gradient was final, or after all of them."""
+        (self._early.add if early else self._early.discard)(chunk)
+
     # ------------------------------------------------------------ what is to come
+
+    def update_order(self) -> list[Chunk]:
+        """All chunks, in the order in which the next iteration pulls them; what it does not pull comes last."""
+        return list(self._update_place)
+
+    def is_early(self, chunk: Chunk) -> bool:
+        """Whether the chunk will probably be updated right after its gradient."""
+        return chunk in self._early
 
     def upcoming(self, session_id: str, max_bytes: int) -> Iterator[Use]:
         """What a trainer uses next in this iteration, up to so many bytes."""
@@ -130,7 +149,9 @@ class Schedule:
         return min(self._next("gradient", chunk), update)
 
     def _update(self, chunk: Chunk) -> float:
-        return chunk.version * STEP + UPDATE + self._index[chunk]
+        if chunk in self._early and (places := self._places.get(("gradient", chunk))):
+            return chunk.version * STEP + places[-1]
+        return chunk.version * STEP + UPDATE + self._update_place[chunk]
 
     def _next(self, kind: Kind, chunk: Chunk) -> float:
         """The next pull of a chunk, or its next gradient."""
@@ -148,4 +169,7 @@ class Schedule:
         places: dict[Use, list[int]] = {}
         for place, use in enumerate(order):
             places.setdefault(use, []).append(place)
+        never = [len(order)]
+        by_pull = sorted(self._chunks, key=lambda chunk: places.get(("pull", chunk), never)[0])
+        self._update_place = {chunk: place for place, chunk in enumerate(by_pull)}
         self._order, self._places = list(order), places

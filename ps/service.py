@@ -223,6 +223,15 @@ class ParameterServer(zero_ps_pb2_grpc.ParameterServerServicer):
         return pb.StepResponse()
 
     @_call
+    def AnnounceStep(self, request: pb.AnnounceStepRequest, context: grpc.ServicerContext) -> pb.AnnounceStepResponse:
+        job, session = self._jobs.find(request.session_id)
+        if request.withdraw:
+            job.steps.withdraw(session, job.open_shard(), request.step)
+        else:
+            job.announce_step(session, request.step, decode_step(request), self._update_wait(context))
+        return pb.AnnounceStepResponse()
+
+    @_call
     def Plan(self, request: pb.PlanRequest, context: grpc.ServicerContext) -> pb.PlanResponse:
         job, session = self._jobs.find(request.session_id)
         job.set_plan(session, job.open_shard(), decode_plan(request))

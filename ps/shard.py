@@ -27,6 +27,8 @@ class Shard:
 
     step: optimizer steps that all trainers agreed on; the version that every chunk will reach.
     updated_step: the version that every chunk has reached.
+    newest_version: the version that some chunk has reached, or is about to: `step`, or the next one while an
+        announced step updates chunks whose gradients are final.
     failure, failed_at: why a step failed, and when on the monotonic clock. The state is of no use then.
     spec: the optimizer as stated, or as a generation has it.
     metadata: what the trainer gave to the last commit.
@@ -35,7 +37,7 @@ class Shard:
     restore_id: of the restore that the state stems from, or "".
     tier, areas: what counts the bytes of chunks, and where those go that do not fit: on each disk the chunks that
         a generation would have there. No areas if all fit.
-    schedule: when chunks are used next; None where nothing ever leaves memory.
+    schedule: when chunks are used next.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class Shard:
         self.manifest = tuple(manifest)
         self.step = step
         self.updated_step = step
+        self.newest_version = step
         self.failure: str | None = None
         self.failed_at = 0.0
         self.spec: OptimizerSpec | None = None
@@ -81,7 +84,9 @@ class Shard:
             self._of_parameter.append(here)
         for area in self.areas:
             area.on_loss = self.fail
-        self.schedule = Schedule(list(self)) if tier.limited else None
+        self.schedule = Schedule(list(self))
+        if tier.limited:
+            self.schedule.forecast()
 
     def close(self) -> None:
         """Gives back the memory and the spill files. Nobody may wait for anything of it any more."""
@@ -94,6 +99,15 @@ class Shard:
     def fail(self, why: str) -> None:
         self.failed_at = time.monotonic()
         self.failure = why
+
+    @property
+    def at_rest(self) -> bool:
+        """Whether all chunks are at one version and none is about to leave it."""
+        return self.updated_step == self.newest_version
+
+    def update_order(self) -> list[Chunk]:
+        """The chunks in the order in which trainers will pull them after a step."""
+        return self.schedule.update_order()
 
     def __iter__(self) -> Iterator[Chunk]:
         """The chunks in the order of the manifest."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from protos.values import Option
+from ps.agreed_step import AgreedStep
 from ps.chunk import Chunk
 from ps.contributions import Contributions, Gradient, average, average_bytes, gradient_parts
 from ps.errors import Conflict, InvalidRequest, JobFailed, SessionEnded
@@ -17,7 +18,7 @@ from ps.optimizer import Options
 from ps.sessions import Session, Sessions
 from ps.shard import Shard
 from ps.tier import Part, ReadAhead
-from ps.updater import AgreedStep, Updater
+from ps.updater import Updater
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,9 @@ class Steps:
         self._monitor = monitor
         self._updater = updater
         self._contributions: dict[str, Contributions] = {}
+        # Of those who announced the next step or asked for it, and that step once all of them have.
         self._wishes: dict[int, StepWish] = {}
+        self._agreed: AgreedStep | None = None
         self._disagreement: str | None = None
         self._norm_lock = threading.Lock()
         self._norms = Norms()
@@ -61,6 +64,7 @@ class Steps:
         contributions.drop()
         if not session.read_only:
             self._wishes.pop(session.rank, None)
+            self._abandon(f"rank {session.rank} was lost: {session.ended}")
             self._disagreement = None
             self._norms.clear()
 
@@ -70,6 +74,7 @@ class Steps:
             self._contributions[id] = Contributions(old.name)
             old.drop()
         self._wishes.clear()
+        self._abandon("a restore came")
         self._disagreement = None
         self._norms.clear()
 
@@ -105,16 +110,23 @@ class Steps:
         step: int,
         sequence: int,
         gradients: Sequence[Gradient],
+        *,
+        final: bool = False,
     ) -> list[torch.Tensor]:
         """Counts gradients (any floating dtype) of one micro-batch. Returns memory to use again.
 
+        final: there are no more of these chunks in an announced step, which may now update them.
         Raises Conflict if the session has said that its contributions to the step are final, or if an
         earlier contribution is missing. What was counted before is not counted again.
         """
         with contributions.lock:
             session.check()
+            if final:
+                self._check_announced(session, contributions, step)
             new = [gradient for gradient in gradients if contributions.check_sequence(gradient.chunk, step, sequence)]
-            if new and contributions.final_step >= step:
+            if new and (
+                contributions.final_step >= step or any(contributions.is_final(each.chunk, step) for each in new)
+            ):
                 raise Conflict(
                     f"rank {session.rank} said that its gradients of step {step} are final and then sent "
                     "another; call zero_grad first to begin anew"
@@ -122,7 +134,22 @@ class Steps:
             spare = [contributions.add(gradient, step) for gradient in new]
             for gradient in gradients:
                 gradient.chunk.tier.give_back(gradient.values)
+            if final:
+                self._finish(session, contributions, step, [each.chunk for each in new])
         return [tensor for tensor in spare if tensor is not None]
+
+    def _finish(self, session: Session, contributions: Contributions, step: int, chunks: Sequence[Chunk]) -> None:
+        """These chunks get no more gradients of a session; expects its contributions to be locked."""
+        with self._monitor:
+            session.check()
+            for chunk in chunks:
+                contributions.finish(chunk, step)
+            if self._agreed is not None and self._agreed.look(chunks):
+                self._updater.submit(self._agreed)
+
+    def _check_announced(self, session: Session, contributions: Contributions, step: int) -> None:
+        if contributions.stepped < step and session.rank not in self._wishes:
+            raise Conflict(f"rank {session.rank} sent a final gradient of step {step}, which it has not announced")
 
     def zero(self, session: Session, shard: Shard, step: int, chunks: Iterable[Chunk]) -> None:
         """Discards the session's contributions to these chunks. Raises Conflict if it is not at `step`."""
@@ -135,6 +162,7 @@ class Steps:
                 if step != present:
                     raise Conflict(f"rank {session.rank} zeroes gradients of step {step} but is at step {present}")
                 if not stepped:
+                    self._check_not_announced(session, "zeroes gradients")
                     # Norms that were computed stay: other ranks may be about to ask for them.
                     if contributions.final_step == step:
                         contributions.epoch += 1
@@ -188,6 +216,8 @@ class Steps:
 
         with contributions.lock, self._monitor:
             self._check_step(session, shard, step)
+            if contributions.stepped != step:
+                self._check_not_announced(session, "asks for norms")
             contributions.final_step = step
             if self._norms.was_told(key(), session.id):
                 # It asks again and another rank began anew meanwhile: this one had nothing to discard, so
@@ -230,12 +260,10 @@ class Steps:
         norms = []
         ahead = ReadAhead(shard.tier, chunks, lambda chunk: gradient_parts(chunk, by_rank))
         for number, chunk in enumerate(chunks):
-            if shard.schedule is not None:
-                shard.schedule.norm(step, chunk)
+            shard.schedule.norm(step, chunk)
             ahead.reached(number)
             norms.append(_norm(chunk, by_rank, norm_type, patience))
-        if shard.schedule is not None:
-            shard.schedule.norm(step, None)
+        shard.schedule.norm(step, None)
         return norms
 
     def _gone(self, session: Session, check: Callable[[], None]) -> Conflict:
@@ -256,6 +284,43 @@ class Steps:
             lambda: self.check_progress(session),
         )
 
+    def announce(self, session: Session, shard: Shard, step: int, wish: StepWish) -> None:
+        """The session will ask for the step with this wish, and says of gradients when they are final.
+
+        Once every rank has announced the step or asked for it, chunks that are final on every rank are updated.
+        Repeating it is harmless. Raises Conflict if the ranks disagree about options.
+        """
+        contributions = self.of(session)
+        options = self._resolve(session, shard, wish)
+        with contributions.lock, self._monitor:
+            self._check_step(session, shard, step)
+            if contributions.stepped == step:
+                raise Conflict(f"rank {session.rank} announces step {step}, which it has asked for already")
+            self._agree(session, shard, step, wish, options)
+            if self._agreed is not None and self._agreed.look():
+                self._updater.submit(self._agreed)
+            self._monitor.changed()
+
+    def withdraw(self, session: Session, shard: Shard, step: int) -> None:
+        """Takes an announcement back. Raises Conflict once the session has sent a final gradient."""
+        contributions = self.of(session)
+        with contributions.lock, self._monitor:
+            self._check_step(session, shard, step)
+            if contributions.stepped == step or contributions.final_chunks(step):
+                raise Conflict(
+                    f"rank {session.rank} takes back its announcement of step {step} after it sent a final gradient"
+                )
+            if self._wishes.pop(session.rank, None) is not None:
+                self._abandon(f"rank {session.rank} took its announcement back")
+            self._disagreement = None
+            self._monitor.changed()
+
+    def check_none_announced(self) -> None:
+        """Raises Conflict while a step is announced; expects the monitor to be held."""
+        if self._wishes:
+            rank = min(self._wishes)
+            raise Conflict(f"the optimizer of job {self._job!r} cannot change now: rank {rank} announced the next step")
+
     def step(self, session: Session, shard: Shard, step: int, wish: StepWish) -> None:
         """The session's contributions are final; with the last rank's word the step begins.
 
@@ -264,44 +329,77 @@ class Steps:
         contributions = self.of(session)
         if contributions.stepped == step:
             return
-        if shard.optimizer is None:
-            raise Conflict(f"job {self._job!r} has no optimizer; state one before the first step")
-        if self._wishes.get(session.rank) != wish:
-            _check_scales(shard, wish)
-        options = shard.optimizer.resolve(wish.groups)
+        options = self._resolve(session, shard, wish)
         with contributions.lock, self._monitor:
             if contributions.stepped == step:
                 return
             self._check_step(session, shard, step)
-            shard.check_weights()
-            for rank, other in self._wishes.items():
-                if difference := _difference(other, wish):
-                    self._disagreement = (
-                        f"trainers disagree on step {step}: {difference[0]} is {difference[1]} on rank {rank} and "
-                        f"{difference[2]} on rank {session.rank}"
-                    )
-                    self._monitor.changed()
-                    raise Conflict(self._disagreement)
-            self._disagreement = None
+            self._agree(session, shard, step, wish, options)
             contributions.final_step = contributions.stepped = step
-            self._wishes[session.rank] = wish
-            trainers = self._sessions.trainers(session.world_size)
-            if trainers is not None and all(t.rank in self._wishes for t in trainers):
-                self._begin(shard, options, wish, [self._contributions[t.id] for t in trainers])
+            if (agreed := self._agreed) is not None:
+                if all(each.stepped == step for each in agreed.contributions):
+                    self._complete(agreed, wish)
+                elif agreed.look():
+                    self._updater.submit(agreed)
             self._monitor.changed()
 
-    def _begin(self, shard: Shard, options: Options, wish: StepWish, contributions: Sequence[Contributions]) -> None:
+    def _resolve(self, session: Session, shard: Shard, wish: StepWish) -> Options:
+        """Checks a wish. Raises Conflict and InvalidRequest."""
+        if shard.optimizer is None:
+            raise Conflict(f"job {self._job!r} has no optimizer; state one before the first step")
+        if self._wishes.get(session.rank) != wish:
+            _check_scales(shard, wish)
+        return shard.optimizer.resolve(wish.groups)
+
+    def _agree(self, session: Session, shard: Shard, step: int, wish: StepWish, options: Options) -> None:
+        """Notes a rank's wish; the step is agreed on with that of the last one."""
+        shard.check_weights()
+        mine = self._wishes.get(session.rank)
+        if mine is not None and (difference := _difference(mine, wish)):
+            raise Conflict(
+                f"rank {session.rank} announced step {step} with {difference[0]} {difference[1]} and now names "
+                f"{difference[2]}; what was announced cannot change any more"
+            )
+        for rank, other in self._wishes.items():
+            if difference := _difference(other, wish):
+                self._disagreement = (
+                    f"trainers disagree on step {step}: {difference[0]} is {difference[1]} on rank {rank} and "
+                    f"{difference[2]} on rank {session.rank}"
+                )
+                self._monitor.changed()
+                raise Conflict(self._disagreement)
+        self._disagreement = None
+        self._wishes[session.rank] = wish
+        trainers = self._sessions.trainers(session.world_size)
+        if self._agreed is None and trainers is not None and all(t.rank in self._wishes for t in trainers):
+            self._agreed = AgreedStep(shard, step, options, (self._contributions[t.id] for t in trainers))
+
+    def _complete(self, agreed: AgreedStep, wish: StepWish) -> None:
         scales: dict[int, tuple[float, ...]] = {}
         for parameters, scale in wish.scales:
             for parameter in parameters:
                 scales[parameter] = (*scales.get(parameter, ()), scale)
-        for each in contributions:
-            each.hold()
-        agreed = AgreedStep(shard, shard.step, options, scales, tuple(contributions))
-        shard.step += 1
+        agreed.scales, agreed.complete = scales, True
+        agreed.shard.step += 1
+        agreed.shard.newest_version = agreed.shard.step
+        self._agreed = None
         self._wishes.clear()
         self._begin_epochs()
         self._updater.submit(agreed)
+
+    def _abandon(self, why: str) -> None:
+        """The step that was announced does not come about. Expects the monitor to be held."""
+        if (agreed := self._agreed) is not None:
+            self._agreed = None
+            agreed.lost = why
+            self._updater.submit(agreed)
+
+    def _check_not_announced(self, session: Session, does: str) -> None:
+        if session.rank in self._wishes:
+            raise Conflict(
+                f"rank {session.rank} {does} after it announced the step of job {self._job!r}: some chunks may have "
+                "gone on already; ask for the step first"
+            )
 
     def _begin_epochs(self) -> None:
         for contributions in self._contributions.values():

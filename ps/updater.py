@@ -1,5 +1,8 @@
 """Runs the steps that all trainers agreed on, chunk by chunk, in the background.
 
+Of a step that was announced, chunks whose gradients are final are updated as they come, in batches of what has
+come meanwhile; the rest follows when the step is asked for, in the order in which trainers need it.
+
 Where memory is limited, what the next batches need is read while one is stepped, and what the last ones
 have changed is written: see `ps/tier`.
 """
@@ -7,16 +10,16 @@ have changed is written: see `ps/tier`.
 import logging
 import queue
 import threading
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 
 import torch
 
+from ps.agreed_step import AgreedStep
 from ps.chunk import Chunk
-from ps.contributions import Contributions, average
+from ps.contributions import average
 from ps.monitor import Monitor, Patience
-from ps.optimizer import ChunkOptimizer, Options
+from ps.optimizer import ChunkOptimizer
 from ps.running_commits import RunningCommits
 from ps.shard import FLUSH_SECONDS, Shard, at_liberty
 from ps.tier import Part, ReadAhead
@@ -26,21 +29,6 @@ _BATCH_BYTES = 4 << 20
 """Chunks up to this size together are stepped in one call of torch, whose cost per call is some 50 µs."""
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class AgreedStep:
-    """A step that every trainer has said is final.
-
-    scales: factors for the averaged gradients, by parameter.
-    contributions: by rank.
-    """
-
-    shard: Shard
-    step: int
-    options: Options
-    scales: Mapping[int, tuple[float, ...]]
-    contributions: tuple[Contributions, ...]
 
 
 class Updater:
@@ -60,6 +48,7 @@ class Updater:
         self._thread.start()
 
     def submit(self, step: AgreedStep) -> None:
+        """There is something to do for the step: chunks are ready, or it is over."""
         self._steps.put(step)
 
     def close(self) -> None:
@@ -70,22 +59,47 @@ class Updater:
     def _run(self) -> None:
         while (step := self._steps.get()) is not None:
             try:
-                if step.shard.failure is None:
-                    self._update(step)
+                over = step.ended or step.shard.failure is not None or self._advance(step)
             except Exception as error:
                 _log.exception("job %r: step %d failed", self._job, step.step)
                 step.shard.fail(f"step {step.step} failed on shard {step.shard.index}: {error}")
-            for contributions in step.contributions:
-                contributions.drop()
+                over = True
+            if over:
+                step.end()
             # A local of an idle thread would keep a replaced shard in memory.
             del step
             self._monitor.changed()
 
-    def _update(self, step: AgreedStep) -> None:
+    def _advance(self, step: AgreedStep) -> bool:
+        """Updates what of a step can be updated by now. Whether there will be no more of it."""
+        shard = step.shard
+        if step.moved and step.lost is not None:
+            _log.warning("job %r: step %d is half done: %s", self._job, step.step, step.lost)
+            shard.fail(f"step {step.step} on shard {shard.index} is half done: {step.lost}")
+            return True
+        self._commits.wait_before_change(step.step, Patience.of(FLUSH_SECONDS))
+        with self._monitor:
+            if step.lost is not None:
+                return True
+            # What comes after this instant is submitted anew.
+            complete, chunks = step.complete, step.take()
+            if chunks:
+                step.moved = True
+                shard.newest_version = max(shard.newest_version, step.step + 1)
+        self._update(step, chunks, early=not complete)
+        if complete:
+            with self._shard_lock:
+                # Also where no chunk is: what is committed has to be the same on every server.
+                shard.generation = None
+                assert shard.optimizer is not None
+                shard.optimizer.set_options(step.options)
+                shard.updated_step = step.step + 1
+        return complete
+
+    def _update(self, step: AgreedStep, chunks: Sequence[Chunk], *, early: bool) -> None:
         shard, optimizer = step.shard, step.shard.optimizer
         assert optimizer is not None
-        self._commits.wait_before_change(step.step, Patience.of(FLUSH_SECONDS))
-        batches = list(_batches(shard))
+        batches = list(_batches(shard, chunks))
         ahead = ReadAhead(shard.tier, batches, lambda batch: to_read_ahead(batch, step.contributions))
         for number, batch in enumerate(batches):
             ahead.reached(number)
@@ -93,12 +107,9 @@ class Updater:
                 shard.generation = None
                 optimizer.set_options(step.options)
                 self._update_batch(step, optimizer, batch)
+            for chunk in batch:
+                shard.schedule.updated(chunk, early=early)
             self._monitor.changed()
-        with self._shard_lock:
-            # Also where no chunk is: what is committed has to be the same on every server.
-            shard.generation = None
-            optimizer.set_options(step.options)
-            shard.updated_step = step.step + 1
 
     def _update_batch(self, step: AgreedStep, optimizer: ChunkOptimizer, batch: Sequence[Chunk]) -> None:
         by_rank = step.contributions
@@ -139,14 +150,14 @@ class Updater:
                     contributions.updated(chunk)
 
 
-def _batches(shard: Shard) -> Iterator[list[Chunk]]:
-    """Runs of chunks in the order of the manifest, which is about the order in which a forward needs them."""
+def _batches(shard: Shard, chunks: Iterable[Chunk]) -> Iterator[list[Chunk]]:
+    """Runs of chunks in the order given."""
     batch: list[Chunk] = []
     size = 0
     limit = _BATCH_BYTES
     if shard.tier.limited:
         limit = min(limit, shard.tier.lease_limit_bytes // 16)
-    for chunk in shard:
+    for chunk in chunks:
         if batch and size + chunk.num_bytes() > limit:
             yield batch
             batch, size = [], 0

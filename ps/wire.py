@@ -103,12 +103,13 @@ def decode_optimizer(request: pb.SetOptimizerRequest) -> OptimizerSpec:
     return OptimizerSpec(request.class_name, tuple(groups))
 
 
-def decode_step(request: pb.StepRequest) -> StepWish:
-    if len(request.groups) > _MAX_GROUPS or len(request.scales) > _MAX_GROUPS:
+def decode_step(request: pb.StepRequest | pb.AnnounceStepRequest) -> StepWish:
+    scales = request.scales if isinstance(request, pb.StepRequest) else ()
+    if len(request.groups) > _MAX_GROUPS or len(scales) > _MAX_GROUPS:
         raise InvalidRequest(f"a step may have {_MAX_GROUPS} parameter groups and as many scales")
     return StepWish(
         tuple(decode_options(group.options) for group in request.groups),
-        tuple((tuple(scale.parameters), scale.scale) for scale in request.scales),
+        tuple((tuple(scale.parameters), scale.scale) for scale in scales),
     )
 
 

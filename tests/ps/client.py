@@ -167,6 +167,7 @@ class Client:
         sequence: int = 0,
         chunk_bytes: Sequence[int] = (),
         parts: Sequence[pb.Runs] = (),
+        final: bool = False,
     ) -> None:
         """Sends a push and waits for its acknowledgement. Raises StreamError."""
         request_id = next(self._ids)
@@ -180,6 +181,7 @@ class Client:
             sequence=sequence,
             chunk_bytes=chunk_bytes,
             parts=parts,
+            final=final,
         )
         self.pushes.requests.put(pb.PushRequest(header=header))
         for start in range(0, len(data), MESSAGE_BYTES):
@@ -189,7 +191,9 @@ class Client:
         if response.HasField("error"):
             raise StreamError(response.error)
 
-    def push_gradient(self, parameter: int, gradient: torch.Tensor, *, step: int = 0, sequence: int = 0) -> None:
+    def push_gradient(
+        self, parameter: int, gradient: torch.Tensor, *, step: int = 0, sequence: int = 0, final: bool = False
+    ) -> None:
         self.push(
             pb.PushHeader.KIND_GRADIENT,
             self.chunks(parameter),
@@ -197,6 +201,7 @@ class Client:
             step=step,
             dtype=gradient.dtype,
             sequence=sequence,
+            final=final,
         )
 
     def push_weight(self, parameter: int, weight: torch.Tensor, *, step: int = 0) -> None:
@@ -255,6 +260,10 @@ class Client:
         if not data:
             return torch.empty(tuple(stated.shape), dtype=dtype)
         return torch.frombuffer(bytearray(data), dtype=dtype).reshape(tuple(stated.shape))
+
+    def announce(self, step: int = 0, **fields) -> None:
+        fields.setdefault("groups", [pb.OptimizerGroup(options=self.group.options)])
+        self.call("AnnounceStep", step=step, **fields)
 
     def step(self, step: int = 0, **fields) -> None:
         fields.setdefault("groups", [pb.OptimizerGroup(options=self.group.options)])

@@ -14,7 +14,6 @@ from ps.tier import Tier
 def make(count: int = 5) -> tuple[Shard, Schedule]:
     manifest = [StoredParameter(f"w{n}", (4, 4), torch.float32, "parameter", True) for n in range(count)]
     shard = Shard(0, 1, manifest, tier=Tier(1 << 30))
-    assert shard.schedule is not None
     return shard, shard.schedule
 
 
@@ -100,3 +99,24 @@ def test_the_slowest_trainer_says_where_everybody_is() -> None:
     schedule.forget("slow")
     schedule.used("fast", "pull", chunks[2], 0)
     assert chunks[1].forecasts["weight"]() == backward
+
+
+def test_updates_come_in_the_order_of_the_pulls_of_the_next_iteration() -> None:
+    shard, schedule = make(4)
+    one, two, three, four = shard
+    assert schedule.update_order() == [one, two, three, four]
+    for kind, chunk in (("pull", three), ("pull", one), ("gradient", four), ("pull", one), ("pull", three)):
+        schedule.used("trainer", kind, chunk, 0)
+    schedule.used("trainer", "pull", three, 1)
+    assert schedule.update_order() == [three, one, two, four]
+    assert three.forecasts["state"]() < one.forecasts["state"]() < two.forecasts["state"]()
+
+
+def test_what_was_updated_right_after_its_gradient_is_expected_to_be_so_again() -> None:
+    shard, schedule = make(2)
+    one, two = shard
+    schedule.updated(two, early=True)
+    assert two.forecasts["state"]() < STEP / 4 < one.forecasts["state"]()
+    assert schedule.is_early(two)
+    schedule.updated(two, early=False)
+    assert two.forecasts["state"]() > one.forecasts["state"]()
