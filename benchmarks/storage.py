@@ -24,6 +24,7 @@ from benchmarks import report
 from protos import zero_ps_pb2 as pb
 from protos import zero_ps_pb2_grpc
 from ps import LocalCluster, commits
+from ps.contributions import Gradient
 from ps.job import Job
 from ps.jobs import Jobs
 from ps.monitor import Patience
@@ -67,7 +68,7 @@ def cold_pull(folder: Path, matrices: int) -> list[report.Row]:
     weights = matrices * WIDTH * WIDTH * 4
     with server(folder / "pull", weights // 4) as (jobs, job):
         session = opened(jobs, matrices)
-        commits.commit(job, session, CommitKey(0, "a"), "", None, False, Patience.of(PATIENCE))
+        commits.commit(job, session, commits.CommitRequest(CommitKey(0, "a"), ""), Patience.of(PATIENCE))
         job.close_session(session)
     with server(folder / "pull", weights // 4) as (jobs, job):
         session = jobs.open_session("bench", 0, 1, "again", False, Patience.of(5))[1]
@@ -151,7 +152,7 @@ def gradients(job: Job, session: Session, matrices: int, step: int) -> None:
         incoming = job.tier.incoming(chunk.shape, torch.float32, chunk.label)
         incoming.tensor.fill_(0.01)
         job.used(session, shard, "gradient", chunk, step)
-        job.steps.add(session, contributions, step, 0, [(chunk, incoming)])
+        job.steps.add(session, contributions, step, 0, [Gradient(chunk, None, incoming)])
 
 
 def update(job: Job, session: Session, step: int) -> None:
@@ -210,7 +211,7 @@ def backward(jobs: Jobs, job: Job, session: Session, matrices: int, step: int) -
         incoming = job.tier.incoming(chunk.shape, torch.float32, chunk.label)
         incoming.tensor.fill_(0.01)
         job.used(session, shard, "gradient", chunk, step)
-        job.steps.add(session, contributions, step, 0, [(chunk, incoming)])
+        job.steps.add(session, contributions, step, 0, [Gradient(chunk, None, incoming)])
 
 
 # ---------------------------------------------------------------- memory of a server
@@ -279,7 +280,7 @@ def opened(jobs: Jobs, matrices: int) -> Session:
     for chunk in shard:
         incoming = job.tier.incoming(chunk.shape, torch.float32, chunk.label)
         torch.randn(chunk.shape, generator=generator, out=incoming.tensor)
-        job.write_weights(session, shard, 0, [(chunk, incoming)])
+        job.write_weights(session, shard, 0, [Gradient(chunk, None, incoming)])
     return session
 
 

@@ -10,6 +10,7 @@ import torch
 from protos.values import Option
 from ps import commits
 from ps.chunk import Chunk
+from ps.contributions import Gradient
 from ps.errors import Conflict, StorageFailed, Timeout
 from ps.flush import Flush
 from ps.job import Job
@@ -108,7 +109,9 @@ def session(job: Job) -> Session:
     group = OptimizerGroup(OPTIONS, tuple(range(CHUNKS)))
     set_optimizer(job, session, OptimizerSpec("SGD", (group,)), Patience.of(20))
     for chunk in shard:
-        job.steps.add(session, job.steps.of(session), 0, 0, [(chunk, Incoming(torch.ones(1 << 20), None))])
+        job.steps.add(
+            session, job.steps.of(session), 0, 0, [Gradient(chunk, None, Incoming(torch.ones(1 << 20), None))]
+        )
     return session
 
 
