@@ -280,7 +280,7 @@ def opened(jobs: Jobs, matrices: int) -> Session:
     for chunk in shard:
         incoming = job.tier.incoming(chunk.shape, torch.float32, chunk.label)
         torch.randn(chunk.shape, generator=generator, out=incoming.tensor)
-        job.write_weights(session, shard, 0, [Gradient(chunk, None, incoming)])
+        job.write_weights(session, shard, 0, [(chunk, incoming)])
     return session
 
 
