@@ -17,6 +17,9 @@ from ps.store.contents import StateArray, StoredParameter
 
 METADATA_FILE = "zarr.json"
 
+DIMENSIONS = "dimension_names"
+"""The field of an array's metadata that earlier versions left out."""
+
 
 @dataclass(frozen=True)
 class ChunkedArray:
@@ -56,6 +59,8 @@ class ChunkedArray:
                 "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
                 "fill_value": False if self.dtype == torch.bool else 0,
                 "codecs": [{"name": "bytes", **little}],
+                # Of each array its own: xarray takes equal names for equal sizes, and opens nothing without names.
+                DIMENSIONS: [f"{self.path.split('/')[-1]}.{dim}" for dim in range(len(self.shape))],
                 "attributes": {},
             }
         )

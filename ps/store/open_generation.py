@@ -6,7 +6,6 @@ import os
 import re
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import zarr
 from zarr.abc.store import ByteRequest, Store
@@ -145,19 +144,13 @@ class GenerationStore(UnionStore):
 
 def _metadata(generation: GenerationSet) -> MemoryStore:
     """The metadata files, the outermost with all others in it."""
-    arrays = {path: _with_dimension_names(array) for path, array in generation.arrays.items()}
+    arrays = {path: json.loads(array.metadata()) for path, array in generation.arrays.items()}
     nodes = {path.split("/")[0]: json.loads(group_metadata({})) for path in arrays} | arrays
     root = json.loads(group_metadata(attributes.encode(generation.header, generation.states)))
     root["consolidated_metadata"] = {"kind": "inline", "must_understand": False, "metadata": nodes}
     files = {f"{path}/{METADATA_FILE}": document for path, document in nodes.items()} | {METADATA_FILE: root}
     buffer = default_buffer_prototype().buffer
     return MemoryStore({key: buffer.from_bytes(encode_document(files[key])) for key in files}, read_only=True)
-
-
-def _with_dimension_names(array: ChunkedArray) -> dict[str, Any]:
-    """The array's metadata, with a name of its own for each dimension: xarray opens no array without."""
-    name = array.path.split("/")[1]
-    return {**json.loads(array.metadata()), "dimension_names": [f"{name}.{dim}" for dim in range(len(array.shape))]}
 
 
 def _damaged(file: Path, what: str) -> DamagedError:

@@ -12,7 +12,15 @@ import numpy as np
 
 from protos.layout import place_all
 from ps.store import attributes, shard_file
-from ps.store.arrays import METADATA_FILE, ChunkedArray, all_arrays, group_metadata, state_array, value_array
+from ps.store.arrays import (
+    DIMENSIONS,
+    METADATA_FILE,
+    ChunkedArray,
+    all_arrays,
+    group_metadata,
+    state_array,
+    value_array,
+)
 from ps.store.checksum import PIECE_BYTES, extend
 from ps.store.contents import CommitKey, GenerationHeader, StateArray
 from ps.store.errors import StoreError
@@ -162,7 +170,7 @@ class _Check:
             found = file.read_bytes()
             if found == expected:
                 return
-            difference = _difference(json.loads(found), json.loads(expected))
+            difference = _difference(_completed(json.loads(found), json.loads(expected)), json.loads(expected))
         except OSError as error:
             self._add(file, f"cannot be read ({error.strerror})")
         except (ValueError, RecursionError) as error:
@@ -268,6 +276,13 @@ def _files_below(folder: Path, key: str) -> Iterator[str]:
         return
     for parent, _, names in os.walk(place):
         yield from (str((Path(parent) / name).relative_to(folder)) for name in names)
+
+
+def _completed(found: object, expected: dict[str, object]) -> object:
+    """What an earlier version wrote, with the names of dimensions that it left out."""
+    if isinstance(found, dict) and DIMENSIONS in expected:
+        return {DIMENSIONS: expected[DIMENSIONS], **found}
+    return found
 
 
 def _difference(found: object, expected: object, place: str = "it") -> str | None:

@@ -12,7 +12,7 @@ import zarr
 import ps
 from ps.store import DamagedError, GenerationMissingError
 from ps.store.testing import ADAM_STATE, Model
-from tests.ps.stored import STATES, data_dirs, expected_arrays, manifest, small_manifest, write_shards
+from tests.ps.stored import STATES, data_dirs, expected_arrays, manifest, small_manifest, unite, write_shards
 
 pytestmark = pytest.mark.usefixtures("small_chunks")
 
@@ -66,12 +66,20 @@ def test_stays_what_it_is_through_pickle_as_dask_needs(whole):
     assert copy["buffer/count"][...] == model.values[8]
 
 
-def test_names_dimensions_for_xarray(whole):
+@pytest.mark.parametrize("copied", [False, True], ids=["opened", "copied"])
+def test_xarray_reads_a_commit(whole, tmp_path, copied):
     xarray = pytest.importorskip("xarray")
     model, dirs = whole
-    store = ps.open_generation(dirs).store
+    parts = [folder / "gpt/generations/00000005" for folder in dirs]
+    store = unite(parts, tmp_path / "union") if copied else ps.open_generation(dirs).store
+    for group, sizes in (("weight", model.values[0].shape), ("exp_avg", model.values[0].shape), ("step", None)):
+        dataset = xarray.open_zarr(store, group=group, consolidated=False, chunks=None)
+        found = dataset["layers.0.weight"]
+        assert found.shape == sizes or group == "step"
+        assert found.dims == tuple(f"layers.0.weight.{dim}" for dim in range(found.ndim))
     dataset = xarray.open_zarr(store, group="weight", consolidated=False, chunks=None)
     assert np.array_equal(dataset["layers.0.weight"][1:3, 3], model.values[0][1:3, 3])
+    assert dataset["layers.0.scale"] == model.values[2]
 
 
 def test_cannot_be_written(whole):

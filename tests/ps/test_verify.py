@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from ps import open_generation
 from ps.cli import main
 from ps.store import DataDir, unfinished
 from ps.store.testing import ADAM_STATE, Model
@@ -242,6 +243,18 @@ def test_a_single_generation_that_cannot_be_read_is_a_problem_too(dirs):
     file.write_text("{")
     report = verify([folder / "gpt/generations/00000005" for folder in dirs])
     assert not report.ok and any(str(file) in str(problem) for problem in report.problems)
+
+
+def test_a_commit_of_a_version_that_named_no_dimensions_passes_and_opens_in_xarray(dirs, model):
+    xarray = pytest.importorskip("xarray")
+    for file in (file for folder in dirs for file in folder.glob("gpt/generations/00000005/*/*/zarr.json")):
+        document = json.loads(file.read_text())
+        assert len(document.pop("dimension_names")) == len(document["shape"])
+        file.write_text(json.dumps(document))
+    assert verify(dirs).ok
+    dataset = xarray.open_zarr(open_generation(dirs).store, group="weight", consolidated=False, chunks=None)
+    assert dataset["up.weight"].dims == ("up.weight.0", "up.weight.1")
+    assert (dataset["up.weight"].values == model.values[0].numpy()).all()
 
 
 def test_a_folder_that_is_still_being_filled_is_a_note(dirs):
