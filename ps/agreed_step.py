@@ -1,9 +1,10 @@
 """A step whose options all trainers agree on: which of its chunks may be updated by now."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from ps.chunk import Chunk
 from ps.contributions import Contributions
+from ps.gradient_edits import GradientEdit
 from ps.optimizer import Options
 from ps.shard import Shard
 
@@ -15,7 +16,7 @@ class AgreedStep:
     the last rank's Step; until then, chunks become ready one by one.
 
     step: the version that it starts from.
-    scales: factors for the averaged gradients, by parameter. An announced step has none.
+    edits: what is done to the averaged gradients, by parameter. An announced step has none.
     contributions: by rank. They outlast their sessions until `end`.
     complete: whether every rank has asked for the step, so that all chunks may be updated.
     lost: why it will never be complete, or None.
@@ -27,7 +28,7 @@ class AgreedStep:
         self.shard = shard
         self.step = step
         self.options = options
-        self.scales: Mapping[int, tuple[float, ...]] = {}
+        self.edits: Mapping[int, Sequence[GradientEdit]] = {}
         self.contributions = tuple(contributions)
         self.complete = False
         self.lost: str | None = None

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from ps.gradient_edits import GradientEdit
+
 MAX_KEPT = 1 << 20
 """How many numbers a job keeps, so that a trainer that asks for ever other norms cannot fill the server."""
 
@@ -12,11 +14,13 @@ class NormKey:
     """What a norm is of. Every rank asks for the same ones.
 
     epoch: how often the ranks began the step anew; see `Contributions.epoch`.
+    edits: what is done to the gradients first.
     """
 
     epoch: int
     parameters: tuple[int, ...]
     norm_type: float
+    edits: tuple[GradientEdit, ...] = ()
 
 
 @dataclass(eq=False)

@@ -23,6 +23,7 @@ from ps.sessions import Session
 from ps.statuses import as_server_error, status_code, status_message
 from ps.traffic import Traffic
 from ps.wire import (
+    decode_edits,
     decode_id,
     decode_key,
     decode_manifest,
@@ -212,7 +213,13 @@ class ParameterServer(zero_ps_pb2_grpc.ParameterServerServicer):
         job, session = self._jobs.find(request.session_id)
         patience = _patience(request.timeout_seconds, context)
         norms = job.steps.norms(
-            session, job.open_shard(), request.step, tuple(request.parameters), request.norm_type, patience
+            session,
+            job.open_shard(),
+            request.step,
+            tuple(request.parameters),
+            request.norm_type,
+            decode_edits(request.edits),
+            patience,
         )
         return pb.GradNormResponse(chunk_norms=norms)
 

@@ -12,6 +12,7 @@ from ps.agreed_step import AgreedStep
 from ps.chunk import Chunk
 from ps.contributions import Contributions, Gradient, average, average_bytes, gradient_parts
 from ps.errors import Conflict, InvalidRequest, JobFailed, SessionEnded
+from ps.gradient_edits import GradientEdit, by_parameter
 from ps.monitor import Monitor, Patience
 from ps.norms import NormKey, Norms
 from ps.optimizer import Options
@@ -26,11 +27,11 @@ class StepWish:
     """What a trainer says a step is to do.
 
     groups: the options of each parameter group.
-    scales: sets of parameters and the factor for their averaged gradients.
+    edits: what is done to the averaged gradients before the update.
     """
 
     groups: tuple[Mapping[str, Option], ...]
-    scales: tuple[tuple[tuple[int, ...], float], ...]
+    edits: tuple[GradientEdit, ...]
 
 
 class Steps:
@@ -177,9 +178,10 @@ class Steps:
         step: int,
         parameters: Sequence[int],
         norm_type: float,
+        edits: Sequence[GradientEdit],
         patience: Patience,
     ) -> Sequence[float]:
-        """The norm of the averaged gradient of each chunk here, in the order of the manifest.
+        """The norm of the averaged and edited gradient of each chunk here, in the order of the manifest.
 
         Makes the session's contributions final and waits for those of the other ranks, of the same epoch. A
         chunk that nobody contributed to has norm 0. Raises Conflict when this rank and another one cannot
@@ -187,12 +189,13 @@ class Steps:
         """
         if math.isnan(norm_type):
             raise InvalidRequest("norm_type is not a number")
+        _check_edits(shard, edits)
         chunks = shard.select(parameters)
         self.catch_up(session, shard, step, patience)
         contributions = self.of(session)
 
         def key() -> NormKey:
-            return NormKey(contributions.epoch, tuple(parameters), norm_type)
+            return NormKey(contributions.epoch, tuple(parameters), norm_type, tuple(edits))
 
         def everyone() -> list[Contributions] | None:
             trainers = self._sessions.trainers(session.world_size)
@@ -240,7 +243,7 @@ class Steps:
                     return norms
                 if by_rank is None or not all_final():
                     raise self._gone(session, check)
-            norms = self._compute_norms(shard, step, chunks, by_rank, norm_type, patience)
+            norms = self._compute_norms(shard, step, chunks, by_rank, norm_type, edits, patience)
             with self._monitor:
                 if everyone() != by_rank or key() != asked or not all_final():
                     raise self._gone(session, check)
@@ -255,14 +258,16 @@ class Steps:
         chunks: Sequence[Chunk],
         by_rank: Sequence[Contributions],
         norm_type: float,
+        edits: Sequence[GradientEdit],
         patience: Patience,
     ) -> list[float]:
         norms = []
+        edits_of = by_parameter(edits)
         ahead = ReadAhead(shard.tier, chunks, lambda chunk: gradient_parts(chunk, by_rank))
         for number, chunk in enumerate(chunks):
             shard.schedule.norm(step, chunk)
             ahead.reached(number)
-            norms.append(_norm(chunk, by_rank, norm_type, patience))
+            norms.append(_norm(chunk, by_rank, norm_type, edits_of.get(chunk.parameter, ()), patience))
         shard.schedule.norm(step, None)
         return norms
 
@@ -348,7 +353,7 @@ class Steps:
         if shard.optimizer is None:
             raise Conflict(f"job {self._job!r} has no optimizer; state one before the first step")
         if self._wishes.get(session.rank) != wish:
-            _check_scales(shard, wish)
+            _check_edits(shard, wish.edits)
         return shard.optimizer.resolve(wish.groups)
 
     def _agree(self, session: Session, shard: Shard, step: int, wish: StepWish, options: Options) -> None:
@@ -375,11 +380,7 @@ class Steps:
             self._agreed = AgreedStep(shard, step, options, (self._contributions[t.id] for t in trainers))
 
     def _complete(self, agreed: AgreedStep, wish: StepWish) -> None:
-        scales: dict[int, tuple[float, ...]] = {}
-        for parameters, scale in wish.scales:
-            for parameter in parameters:
-                scales[parameter] = (*scales.get(parameter, ()), scale)
-        agreed.scales, agreed.complete = scales, True
+        agreed.edits, agreed.complete = by_parameter(wish.edits), True
         agreed.shard.step += 1
         agreed.shard.newest_version = agreed.shard.step
         self._agreed = None
@@ -416,21 +417,33 @@ class Steps:
             )
 
 
-def _norm(chunk: Chunk, contributions: Sequence[Contributions], norm_type: float, patience: Patience) -> float:
+def _norm(
+    chunk: Chunk,
+    contributions: Sequence[Contributions],
+    norm_type: float,
+    edits: Sequence[GradientEdit],
+    patience: Patience,
+) -> float:
     parts = gradient_parts(chunk, contributions)
-    scratch = average_bytes(chunk, contributions)
+    average_alone = average_bytes(chunk, contributions)
+    scratch = max(average_alone, chunk.num_bytes() if edits else 0)
     what = f"the norm of the gradient of {chunk.label}"
     with chunk.tier.lease(parts, scratch_bytes=scratch, what=what, patience=patience), chunk.lock:
         gradient = average(chunk, contributions)
         if gradient is None:
             return 0.0
+        if edits and not average_alone:
+            # It is what the trainer sent, which the update edits once more.
+            gradient = gradient.clone()
+        for edit in edits:
+            edit.apply(gradient)
         return float(torch.linalg.vector_norm(gradient, norm_type))
 
 
-def _check_scales(shard: Shard, wish: StepWish) -> None:
-    for parameters, _ in wish.scales:
-        if not parameters or max(parameters) >= len(shard.manifest):
-            raise InvalidRequest("a gradient scale has to name parameters of the manifest")
+def _check_edits(shard: Shard, edits: Iterable[GradientEdit]) -> None:
+    for edit in edits:
+        if not edit.parameters or max(edit.parameters) >= len(shard.manifest):
+            raise InvalidRequest("an edit of gradients has to name parameters of the manifest")
 
 
 def _difference(ours: StepWish, theirs: StepWish) -> tuple[str, object, object] | None:
@@ -441,13 +454,17 @@ def _difference(ours: StepWish, theirs: StepWish) -> tuple[str, object, object] 
         for name in sorted(set(mine) | set(other)):
             if name not in mine or name not in other or not _same(mine[name], other[name]):
                 return f"option {name!r} of group {number}", mine.get(name), other.get(name)
-    if len(ours.scales) != len(theirs.scales) or not all(
-        mine[0] == other[0] and _same(mine[1], other[1]) for mine, other in zip(ours.scales, theirs.scales, strict=True)
+    if len(ours.edits) != len(theirs.edits) or not all(
+        edit.same_as(other) for edit, other in zip(ours.edits, theirs.edits, strict=True)
     ):
-        return "the gradient scale", [s for _, s in ours.scales], [s for _, s in theirs.scales]
+        return "what is done to the gradients", _described(ours.edits), _described(theirs.edits)
     return None
 
 
+def _described(edits: Iterable[GradientEdit]) -> list[str]:
+    return [f"{edit.kind} {edit.value:g}" for edit in edits]
+
+
 def _same(ours: object, theirs: object) -> bool:
-    """Equality under which NaN equals itself: clipping gradients that are not finite scales by NaN."""
+    """Equality under which NaN equals itself."""
     return ours == theirs or (ours != ours and theirs != theirs)

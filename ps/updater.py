@@ -121,7 +121,7 @@ class Updater:
         leased: Collection[Part] = ()
         with ExitStack() as held:
             if step.shard.tier.limited and with_gradient:
-                needed = of_update(with_gradient, optimizer, by_rank, step.scales)
+                needed = of_update(with_gradient, optimizer, by_rank, step.edits)
                 leased = set(needed.fresh)
                 what = f"the update of {with_gradient[0].label}"
                 held.enter_context(
@@ -138,8 +138,8 @@ class Updater:
             for chunk in with_gradient:
                 gradient = average(chunk, by_rank)
                 assert gradient is not None
-                for scale in step.scales.get(chunk.parameter, ()):
-                    gradient.mul_(scale)
+                for edit in step.edits.get(chunk.parameter, ()):
+                    edit.apply(gradient)
                 stepped.append((chunk, gradient))
             for has_state in (True, False):
                 if part := [pair for pair in stepped if pair[0].has_state == has_state]:

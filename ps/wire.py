@@ -13,6 +13,7 @@ from protos.names import check_id, check_parameter_name
 from protos.values import decode_options
 from ps.chunk import Chunk
 from ps.errors import InvalidRequest
+from ps.gradient_edits import GradientEdit
 from ps.opening import OpenedJob
 from ps.plan import Plan, PlannedUse
 from ps.shard import Shard
@@ -104,13 +105,27 @@ def decode_optimizer(request: pb.SetOptimizerRequest) -> OptimizerSpec:
 
 
 def decode_step(request: pb.StepRequest | pb.AnnounceStepRequest) -> StepWish:
-    scales = request.scales if isinstance(request, pb.StepRequest) else ()
-    if len(request.groups) > _MAX_GROUPS or len(scales) > _MAX_GROUPS:
-        raise InvalidRequest(f"a step may have {_MAX_GROUPS} parameter groups and as many scales")
+    edits = request.edits if isinstance(request, pb.StepRequest) else ()
+    if len(request.groups) > _MAX_GROUPS:
+        raise InvalidRequest(f"a step may have {_MAX_GROUPS} parameter groups")
     return StepWish(
         tuple(decode_options(group.options) for group in request.groups),
-        tuple((tuple(scale.parameters), scale.scale) for scale in scales),
+        decode_edits(edits),
     )
+
+
+def decode_edits(edits: Sequence[pb.GradEdit]) -> tuple[GradientEdit, ...]:
+    """Raises InvalidRequest for one that says nothing,."""
+    if len(edits) > _MAX_GROUPS:
+        raise InvalidRequest(f"gradients may be edited {_MAX_GROUPS} times before their norm is taken")
+    decoded = []
+    for edit in edits:
+        kind = edit.WhichOneof("kind")
+        if kind is None:
+            raise InvalidRequest("an edit of gradients has to say what is done to them")
+        value = edit.scale if kind == "scale" else edit.max_value
+        decoded.append(GradientEdit(tuple(edit.parameters), kind, value))
+    return tuple(decoded)
 
 
 def decode_plan(request: pb.PlanRequest) -> Plan:

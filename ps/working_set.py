@@ -18,7 +18,7 @@ _SCRATCH_TENSORS = 3
 class WorkingSet:
     """The parts of an update: those that it reads, those that it fills, and bytes that it allocates besides.
 
-    wide: accumulators that it scales and that are too narrow for that, by session and chunk.
+    wide: accumulators that it edits and that are too narrow for that, by session and chunk.
     """
 
     read: list[Part] = field(default_factory=list)
@@ -28,9 +28,9 @@ class WorkingSet:
 
 
 def of_update(
-    chunks: Iterable[Chunk], optimizer: ChunkOptimizer, by_rank: Sequence[Contributions], scaled: Iterable[int]
+    chunks: Iterable[Chunk], optimizer: ChunkOptimizer, by_rank: Sequence[Contributions], edited: Iterable[int]
 ) -> WorkingSet:
-    """Of chunks that have gradients. scaled: parameters whose gradients are scaled."""
+    """Of chunks that have gradients. edited: parameters whose gradients are edited."""
     found = WorkingSet()
     for chunk in chunks:
         found.read.append(chunk.weight)
@@ -41,7 +41,7 @@ def of_update(
         found.scratch_bytes += sum(part.size for part in new if part.spillable)
         found.fresh += chunk.copies.values()
         found.read += gradient_parts(chunk, by_rank)
-        if len(by_rank) == 1 and chunk.parameter in scaled and (wide := by_rank[0].new_wide(chunk)) is not None:
+        if len(by_rank) == 1 and chunk.parameter in edited and (wide := by_rank[0].new_wide(chunk)) is not None:
             found.fresh.append(wide)
             found.wide.append((by_rank[0], chunk, wide))
         found.scratch_bytes += average_bytes(chunk, by_rank)

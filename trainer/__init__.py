@@ -9,6 +9,7 @@
 The model stays a plain `nn.Module` and the training loop stays the user's.
 """
 
+from trainer.clipping import clip_grad_norm_, clip_grad_value_
 from trainer.commit import Commit
 from trainer.config import OffloadConfig
 from trainer.connect import connect
@@ -28,7 +29,7 @@ from trainer.errors import (
 from trainer.gathering import gathered
 from trainer.job import Job
 from trainer.offload import offload, release, remove
-from trainer.optimizer import RemoteOptimizer, clip_grad_norm_
+from trainer.optimizer import RemoteOptimizer
 from trainer.report import Report, record_timeline, report
 
 __all__ = [
@@ -49,6 +50,7 @@ __all__ = [
     "TrainerLost",
     "ZeroPsError",
     "clip_grad_norm_",
+    "clip_grad_value_",
     "connect",
     "gathered",
     "offload",

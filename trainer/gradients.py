@@ -59,8 +59,10 @@ class Gradients:
     """The gradients of one model's parameters that this trainer has sent and no `zero_grad` has dropped."""
 
     def __init__(self, job: Job, config: OffloadConfig, memory: MemoryPool, coordinator: Coordinator) -> None:
-        # Factors for the next step's gradients, each with the manifest indices it is for; see `clip_grad_norm_`.
-        self.scales: list[tuple[list[int], float]] = []
+        # What the next step does to the averaged gradients first; see `trainer.clipping`.
+        self.edits: list[pb.GradEdit] = []
+        # Whether servers were asked for what takes the gradients of all trainers, so that none may follow.
+        self.final = False
         self._job = job
         self._config = config
         self._memory = memory
@@ -80,8 +82,9 @@ class Gradients:
 
     def _before_accumulation(self, state: OffloadedParameter, gradient: torch.Tensor) -> None:
         """torch is about to add to `param.grad`, where the placeholder may be."""
-        if state in self._sent:
+        if state in self._sent or self.edits:
             self._drop_what_was_dropped()
+        if state in self._sent:
             _set_grad(state, None)
 
     def _after_accumulation(self, state: OffloadedParameter, param: torch.Tensor) -> None:
@@ -98,6 +101,12 @@ class Gradients:
             raise ConfigError(
                 f"job {self._job.name!r} was opened with read_only=True, and backward gave parameter {state.name!r} a "
                 "gradient; run under torch.no_grad(), or connect without read_only"
+            )
+        if self.edits:
+            raise ConfigError(
+                f"backward gave parameter {state.name!r} a gradient after the gradients of this step were clipped or "
+                "unscaled, which servers do when all are there; do it after the last backward before step(), or call "
+                "zero_grad() to begin anew"
             )
         assert state.remote is not None
         if gradient.is_sparse:
@@ -132,14 +141,17 @@ class Gradients:
     def drop(self, states: Iterable[OffloadedParameter]) -> None:
         """Has the servers forget this trainer's gradients of some parameters."""
         dropped = [state for state in states if state in self._sent]
-        # After `clip_grad_norm_` also where nothing was sent: servers have to know that this rank begins anew.
-        if dropped or (self.scales and not self._sent):
+        # After a norm was taken also where nothing was sent: servers have to know that this rank begins anew.
+        if dropped or (self.final and not self._sent):
             self._forget(dropped)
+        elif not self._sent:
+            self.edits.clear()
 
     def _forget(self, dropped: Sequence[OffloadedParameter]) -> None:
         self._job.check()
         self._job.transfer.flush()
-        self.scales.clear()
+        self.edits.clear()
+        self.final = False
         # No index means every parameter.
         indices = [] if len(dropped) == len(self._sent) else [s.remote.index for s in dropped if s.remote is not None]
         call_all(
@@ -166,9 +178,21 @@ class Gradients:
 
     def stepped(self) -> None:
         """The next contribution is the first one of its step. What was sent stays until it is dropped."""
-        self.scales.clear()
+        self.edits.clear()
+        self.final = False
         for state in self._sent:
             state.contributions = 0
+
+    def has(self, state: OffloadedParameter) -> bool:
+        """Whether servers have a gradient of the parameter from this trainer."""
+        return state in self._sent and _grad(state) is not None
+
+    def edit(
+        self, states: Iterable[OffloadedParameter], *, scale: float | None = None, max_value: float | None = None
+    ) -> None:
+        """Has the next step change the averaged gradients first: multiply them, or clamp them."""
+        indices = [state.remote.index for state in states if state.remote is not None]
+        self.edits.append(pb.GradEdit(parameters=indices, scale=scale, max_value=max_value))
 
     def _drop_what_was_dropped(self) -> None:
         """`Module.zero_grad()` and `param.grad = None` only take the placeholder away."""

@@ -1,6 +1,5 @@
 """`trainer.RemoteOptimizer`: a torch optimizer whose arithmetic runs where the state is."""
 
-import math
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any, overload
@@ -127,7 +126,6 @@ class RemoteOptimizer(Optimizer):
         model.between_passes()
         model.gradients.before_step(self._states())
         job.transfer.flush()
-        scales = [pb.GradScale(parameters=indices, scale=scale) for indices, scale in model.gradients.scales]
         call_all(
             job.servers,
             "Step",
@@ -135,7 +133,7 @@ class RemoteOptimizer(Optimizer):
                 session_id=server.session_id,
                 step=job.step,
                 groups=[pb.OptimizerGroup(options=self._options(group)) for group in self.param_groups],
-                scales=scales,
+                edits=model.gradients.edits,
             ),
             job.timeout,
         )
@@ -159,48 +157,3 @@ class RemoteOptimizer(Optimizer):
     def _owner(self) -> OffloadedModel:
         assert self._model is not None
         return self._model
-
-
-def clip_grad_norm_(
-    params: torch.Tensor | Iterable[torch.Tensor], max_norm: float, norm_type: float = 2.0
-) -> torch.Tensor:
-    """Clips the gradients of offloaded parameters to a global norm, where they are.
-
-    The norm is that of the gradients averaged over trainers, so every rank has to call this, after its
-    last backward of the step; the factor is applied by the next `step`.
-
-    Returns the norm before clipping, a 0-d fp32 tensor, as `torch.nn.utils.clip_grad_norm_` does.
-    """
-    params = [params] if isinstance(params, torch.Tensor) else list(params)
-    states: list[OffloadedParameter] = [s for p in params if (s := offloaded(p)) is not None]
-    if not states:
-        return torch.tensor(0.0)
-    owner = states[0].owner
-    if not isinstance(owner, OffloadedModel) or any(state.owner is not owner for state in states):
-        raise ConfigError("clip_grad_norm_ needs the parameters of one offloaded model")
-    job = owner.job
-    job.check()
-    job.transfer.flush()
-    indices = [state.remote.index for state in states if state.remote is not None]
-    responses: list[pb.GradNormResponse] = call_all(
-        job.servers,
-        "GradNorm",
-        lambda server: pb.GradNormRequest(
-            session_id=server.session_id,
-            step=job.step,
-            parameters=indices,
-            norm_type=norm_type,
-            timeout_seconds=job.timeout,
-        ),
-        job.timeout + 5,
-    )
-    norms = [norm for response in responses for norm in response.chunk_norms]
-    if math.isinf(norm_type):
-        total = max(norms, default=0.0)
-    else:
-        total = math.fsum(norm**norm_type for norm in norms) ** (1.0 / norm_type)
-    # In fp32, as torch computes it.
-    norm = torch.tensor(total, dtype=torch.float32)
-    scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0).item()
-    owner.gradients.scales.append((indices, scale))
-    return norm

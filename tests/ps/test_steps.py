@@ -226,7 +226,7 @@ def test_gradients_are_scaled_before_the_update(address: str, job_name: str) -> 
         for number in range(2):
             client.push_gradient(number, torch.full((2,), 8.0))
     for client in clients:
-        client.step(0, scales=[pb.GradScale(parameters=[1], scale=0.25)])
+        client.step(0, edits=[pb.GradEdit(parameters=[1], scale=0.25)])
     assert torch.equal(clients[0].pull(0, version=1), torch.full((2,), -8.0))
     assert torch.equal(clients[0].pull(1, version=1), torch.full((2,), -2.0))
 
@@ -236,7 +236,7 @@ def test_gradients_that_are_not_finite_scale_by_nan_as_in_torch(address: str, jo
     for client in clients:
         client.push_gradient(0, torch.full((2,), math.inf))
     for client in clients:
-        client.step(0, scales=[pb.GradScale(parameters=[0], scale=math.nan)])
+        client.step(0, edits=[pb.GradEdit(parameters=[0], scale=math.nan)])
     assert clients[0].pull(0, version=1).isnan().all()
 
 

@@ -64,7 +64,7 @@ def test_gradients_that_nobody_zeroes_are_used_again_as_they_were_scaled(cluster
             (client,) = start_job(address, PARAMETERS, job=job_name, lr=1.0)
             for number in range(len(PARAMETERS)):
                 client.push_gradient(number, torch.full((256, 256), 1.7).bfloat16())
-            client.step(0, scales=[pb.GradScale(parameters=range(len(PARAMETERS)), scale=0.3)])
+            client.step(0, edits=[pb.GradEdit(parameters=range(len(PARAMETERS)), scale=0.3)])
             client.step(1)
             results.append([client.pull(number, version=2) for number in range(len(PARAMETERS))])
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(*results, strict=True))

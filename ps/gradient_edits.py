@@ -1,0 +1,41 @@
+"""What a trainer has done to averaged gradients before their norm is taken, or an update made with them."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+
+@dataclass(frozen=True)
+class GradientEdit:
+    """One edit of the averaged gradients of some parameters.
+
+    kind: 'scale' multiplies by `value`, 'max_value' clamps to [-value, value]; both as torch does it in place.
+    """
+
+    parameters: tuple[int, ...]
+    kind: Literal["scale", "max_value"]
+    value: float
+
+    def apply(self, gradient: torch.Tensor) -> None:
+        """Edits a gradient in place."""
+        if self.kind == "scale":
+            gradient.mul_(self.value)
+        else:
+            gradient.clamp_(min=-self.value, max=self.value)
+
+    def same_as(self, other: "GradientEdit") -> bool:
+        """Equality under which NaN equals itself: clipping gradients that are not finite scales by NaN."""
+        same_value = self.value == other.value or (math.isnan(self.value) and math.isnan(other.value))
+        return (self.parameters, self.kind) == (other.parameters, other.kind) and same_value
+
+
+def by_parameter(edits: Iterable[GradientEdit]) -> Mapping[int, Sequence[GradientEdit]]:
+    """The edits of each parameter, in their order."""
+    found: dict[int, list[GradientEdit]] = {}
+    for edit in edits:
+        for parameter in edit.parameters:
+            found.setdefault(parameter, []).append(edit)
+    return found
