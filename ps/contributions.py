@@ -38,14 +38,18 @@ class _Accumulator:
         it came: converting it later is exact, and it takes half the room on disk.
     count: contributions counted in `step`.
     final_step: the step in which the trainer contributes no more to this chunk, or -1.
+    zeros: there is a gradient, and it is 0 everywhere; `part` has nothing.
     zero_after_update: `zero_grad` came while the update that reads this was still to run.
+    keep_zeros: what it asked for then; see `zeros`.
     """
 
     part: Part | None = None
     step: int = -1
     count: int = 0
     final_step: int = -1
+    zeros: bool = False
     zero_after_update: bool = False
+    keep_zeros: bool = False
 
 
 class Contributions:
@@ -174,6 +178,7 @@ class Contributions:
 
     def _begin(self, chunk: Chunk, accumulator: _Accumulator, gradient: Incoming) -> torch.Tensor | None:
         """Makes a contribution the first one."""
+        accumulator.zeros = False
         tier = chunk.tier
         dtype = gradient.tensor.dtype if tier.limited else chunk.accumulation_dtype
         part = accumulator.part
@@ -196,9 +201,10 @@ class Contributions:
             accumulator.step, accumulator.count = step, 0
         accumulator.count += 1
 
-    def zero(self, chunks: Iterable[Chunk], next_step: int) -> None:
+    def zero(self, chunks: Iterable[Chunk], next_step: int, keep_zeros: bool = False) -> None:
         """Discards what was contributed to these chunks.
 
+        keep_zeros: where there was a gradient it is 0 from then on.
         next_step: where this session is. A chunk that is not there yet still has an update to come that
         needs the gradient, which is discarded right after. Expects `lock` to be held.
         """
@@ -207,10 +213,17 @@ class Contributions:
             if accumulator is None:
                 continue
             with self._zero_lock:
+                # Of two in a row the first decides whether there is a gradient still.
+                accumulator.keep_zeros = keep_zeros and (accumulator.keep_zeros or not accumulator.zero_after_update)
                 if chunk.version < next_step:
                     accumulator.zero_after_update = True
                 else:
                     self._zero(chunk, accumulator)
+
+    def has(self, chunk: Chunk) -> bool:
+        """Whether there is a gradient of the chunk, be it 0."""
+        accumulator = self._accumulators.get(chunk)
+        return accumulator is not None and (accumulator.zeros or self.part(chunk) is not None)
 
     def part(self, chunk: Chunk) -> Part | None:
         """The sum so far, or None. It may be narrower than what sums are kept in."""
@@ -244,6 +257,8 @@ class Contributions:
 
     @staticmethod
     def _zero(chunk: Chunk, accumulator: _Accumulator) -> None:
+        had = accumulator.zeros or (accumulator.part is not None and accumulator.part.filled)
+        accumulator.zeros = had and accumulator.keep_zeros
         if accumulator.part is not None:
             chunk.tier.empty(accumulator.part)
         accumulator.zero_after_update = False
@@ -259,7 +274,7 @@ def average(chunk: Chunk, by_rank: Sequence[Contributions]) -> torch.Tensor | No
     """
     gradients = [part.tensor for part in gradient_parts(chunk, by_rank)]
     if not gradients:
-        return None
+        return torch.zeros(chunk.shape, dtype=chunk.dtype) if any(c.has(chunk) for c in by_rank) else None
     if len(by_rank) == 1:
         total = gradients[0]
     else:
@@ -278,6 +293,8 @@ def gradient_parts(chunk: Chunk, by_rank: Sequence[Contributions]) -> list[Part]
 def average_bytes(chunk: Chunk, by_rank: Sequence[Contributions]) -> int:
     """What `average` allocates."""
     parts = gradient_parts(chunk, by_rank)
-    if not parts or (len(by_rank) == 1 and parts[0].dtype == chunk.dtype):
+    if not parts:
+        return chunk.num_bytes() if any(c.has(chunk) for c in by_rank) else 0
+    if len(by_rank) == 1 and parts[0].dtype == chunk.dtype:
         return 0
     return chunk.num_bytes(chunk.accumulation_dtype)

@@ -205,7 +205,7 @@ class ParameterServer(zero_ps_pb2_grpc.ParameterServerServicer):
     def ZeroGrad(self, request: pb.ZeroGradRequest, context: grpc.ServicerContext) -> pb.ZeroGradResponse:
         job, session = self._jobs.find(request.session_id)
         shard = job.open_shard()
-        job.steps.zero(session, shard, request.step, shard.select(request.parameters))
+        job.steps.zero(session, shard, request.step, shard.select(request.parameters), request.keep_zeros)
         return pb.ZeroGradResponse()
 
     @_call

@@ -152,7 +152,9 @@ class Steps:
         if contributions.stepped < step and session.rank not in self._wishes:
             raise Conflict(f"rank {session.rank} sent a final gradient of step {step}, which it has not announced")
 
-    def zero(self, session: Session, shard: Shard, step: int, chunks: Iterable[Chunk]) -> None:
+    def zero(
+        self, session: Session, shard: Shard, step: int, chunks: Iterable[Chunk], keep_zeros: bool = False
+    ) -> None:
         """Discards the session's contributions to these chunks. Raises Conflict if it is not at `step`."""
         contributions = self.of(session)
         with contributions.lock:
@@ -169,7 +171,7 @@ class Steps:
                         contributions.epoch += 1
                     contributions.final_step = -1
                     self._monitor.changed()
-            contributions.zero(chunks, present)
+            contributions.zero(chunks, present, keep_zeros)
 
     def norms(
         self,

@@ -114,9 +114,7 @@ class Updater:
     def _update_batch(self, step: AgreedStep, optimizer: ChunkOptimizer, batch: Sequence[Chunk]) -> None:
         by_rank = step.contributions
         with_gradient = [
-            chunk
-            for chunk in batch
-            if chunk.parameter in optimizer.group_of and any(c.part(chunk) is not None for c in by_rank)
+            chunk for chunk in batch if chunk.parameter in optimizer.group_of and any(c.has(chunk) for c in by_rank)
         ]
         leased: Collection[Part] = ()
         with ExitStack() as held:

@@ -28,6 +28,7 @@ def gradient_norms(
     """
     job = model.job
     job.check()
+    model.gradients.settle()
     job.transfer.flush()
     model.gradients.final = True
     indices = sorted({state.remote.index for state in states if state.remote is not None})

@@ -29,6 +29,8 @@ class RemoteGradient(torch.Tensor):
     """Stands in `param.grad` for a gradient that is on the servers."""
 
     _zero_ps_name: str
+    _zero_ps_zeroed: bool
+    """Set to zeros, of which servers have still to hear."""
 
     @classmethod
     def __torch_function__(
@@ -36,6 +38,9 @@ class RemoteGradient(torch.Tensor):
     ) -> Any:
         if func in CONVERSIONS and isinstance(args[0], RemoteGradient):
             return args[0]._converted(func, args[1:], kwargs or {})
+        if func is torch.Tensor.zero_:
+            args[0]._zero_ps_zeroed = True
+            return args[0]
         # `Module.to` sets `.data`.
         if func not in METADATA and func != SET_DATA:
             name = next((a._zero_ps_name for a in args if isinstance(a, RemoteGradient)), "?")
@@ -83,7 +88,7 @@ class Gradients:
     def _before_accumulation(self, state: OffloadedParameter, gradient: torch.Tensor) -> None:
         """torch is about to add to `param.grad`, where the placeholder may be."""
         if state in self._sent or self.edits:
-            self._drop_what_was_dropped()
+            self.settle()
         if state in self._sent:
             _set_grad(state, None)
 
@@ -138,16 +143,16 @@ class Gradients:
             self._since_trim = 0
             trim_heap()
 
-    def drop(self, states: Iterable[OffloadedParameter]) -> None:
-        """Has the servers forget this trainer's gradients of some parameters."""
+    def drop(self, states: Iterable[OffloadedParameter], *, keep_zeros: bool = False) -> None:
+        """Has the servers forget this trainer's gradients of some parameters; with `keep_zeros` they are 0 then."""
         dropped = [state for state in states if state in self._sent]
         # After a norm was taken also where nothing was sent: servers have to know that this rank begins anew.
         if dropped or (self.final and not self._sent):
-            self._forget(dropped)
+            self._forget(dropped, keep_zeros)
         elif not self._sent:
             self.edits.clear()
 
-    def _forget(self, dropped: Sequence[OffloadedParameter]) -> None:
+    def _forget(self, dropped: Sequence[OffloadedParameter], keep_zeros: bool = False) -> None:
         self._job.check()
         self._job.transfer.flush()
         self.edits.clear()
@@ -157,13 +162,18 @@ class Gradients:
         call_all(
             self._job.servers,
             "ZeroGrad",
-            lambda server: pb.ZeroGradRequest(session_id=server.session_id, step=self._job.step, parameters=indices),
+            lambda server: pb.ZeroGradRequest(
+                session_id=server.session_id, step=self._job.step, parameters=indices, keep_zeros=keep_zeros
+            ),
             self._job.timeout,
         )
         for state in dropped:
-            del self._sent[state]
             state.contributions = 0
-            _set_grad(state, None)
+            if keep_zeros and (gradient := _grad(state)) is not None:
+                gradient._zero_ps_zeroed = False  # type: ignore[attr-defined]
+            else:
+                del self._sent[state]
+                _set_grad(state, None)
 
     def before_step(self, states: Sequence[OffloadedParameter]) -> None:
         """Makes the servers' gradients those that `param.grad` shows."""
@@ -174,7 +184,7 @@ class Gradients:
                     f"the gradient of parameter {state.name!r} was assigned; RemoteOptimizer.step() uses those that "
                     "backward computed. Set it to None, and have a backward give it"
                 )
-        self._drop_what_was_dropped()
+        self.settle()
 
     def stepped(self) -> None:
         """The next contribution is the first one of its step. What was sent stays until it is dropped."""
@@ -194,11 +204,13 @@ class Gradients:
         indices = [state.remote.index for state in states if state.remote is not None]
         self.edits.append(pb.GradEdit(parameters=indices, scale=scale, max_value=max_value))
 
-    def _drop_what_was_dropped(self) -> None:
-        """`Module.zero_grad()` and `param.grad = None` only take the placeholder away."""
-        gone = [state for state in self._sent if _grad(state) is None]
-        if gone:
+    def settle(self) -> None:
+        """Has the servers hear of what `Module.zero_grad()`, or an assignment of None, did to placeholders alone."""
+        gradients = {state: _grad(state) for state in self._sent}
+        if gone := [state for state, gradient in gradients.items() if gradient is None]:
             self._forget(gone)
+        if zeroed := [s for s, gradient in gradients.items() if getattr(gradient, "_zero_ps_zeroed", False)]:
+            self._forget(zeroed, keep_zeros=True)
 
 
 def _grad(state: OffloadedParameter) -> torch.Tensor | None:
@@ -215,4 +227,5 @@ def _placeholder(name: str, empty: torch.Tensor) -> RemoteGradient:
     with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
         gradient: RemoteGradient = torch.Tensor._make_subclass(RemoteGradient, empty)
     gradient._zero_ps_name = name
+    gradient._zero_ps_zeroed = False
     return gradient

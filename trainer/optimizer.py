@@ -145,10 +145,10 @@ class RemoteOptimizer(Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drops the gradients that were pushed, for the parameters of this optimizer.
 
-        set_to_none: servers hold no gradient afterwards in either case.
+        set_to_none: False leaves gradients of 0 where there were some, with which a step is made, as in torch.
         """
         self._owner.between_passes()
-        self._owner.gradients.drop(self._states())
+        self._owner.gradients.drop(self._states(), keep_zeros=not set_to_none)
 
     def _states(self) -> list[OffloadedParameter]:
         return [s for group in self.param_groups for p in group["params"] if (s := offloaded(p)) is not None]

@@ -136,8 +136,8 @@ def test_what_would_change_the_step_is_refused_once_it_is_announced(address: str
     _refused(lambda: client.call("GradNorm", norm_type=2.0, timeout_seconds=5), "asks for norms after it announced")
     _refused(lambda: client.announce(groups=_groups(lr=2.0)), "option 'lr' of group 0 1.0 and now names 2.0")
     _refused(lambda: client.step(0, groups=_groups(lr=2.0)), "what was announced cannot change")
-    scales = [pb.GradScale(parameters=[0], scale=0.5)]
-    _refused(lambda: client.step(0, scales=scales), "what was announced cannot change")
+    edits = [pb.GradEdit(parameters=[0], scale=0.5)]
+    _refused(lambda: client.step(0, edits=edits), "what was announced cannot change")
     _refused(lambda: client.call("AnnounceStep", withdraw=True), "after it sent a final gradient")
     _refused(lambda: client.push_weight(0, ONES), "came at version 1")
     assert "is gone" in error_of(lambda: client.call("Commit", step=0, timeout_seconds=5))[1]
