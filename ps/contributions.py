@@ -178,7 +178,6 @@ class Contributions:
 
     def _begin(self, chunk: Chunk, accumulator: _Accumulator, gradient: Incoming) -> torch.Tensor | None:
         """Makes a contribution the first one."""
-        accumulator.zeros = False
         tier = chunk.tier
         dtype = gradient.tensor.dtype if tier.limited else chunk.accumulation_dtype
         part = accumulator.part
@@ -200,6 +199,7 @@ class Contributions:
         if accumulator.step != step:
             accumulator.step, accumulator.count = step, 0
         accumulator.count += 1
+        accumulator.zeros = False
 
     def zero(self, chunks: Iterable[Chunk], next_step: int, keep_zeros: bool = False) -> None:
         """Discards what was contributed to these chunks.
