@@ -1,8 +1,9 @@
 """Reads the chunks of one generation back, ahead of whoever takes them."""
 
 import math
+import os
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +12,11 @@ from typing import TypeVar
 import torch
 
 from protos.layout import ChunkGrid, place_all
+from ps.store import checksum
 from ps.store.arrays import ChunkedArray, state_array, value_array
-from ps.store.checksum import crc32c
 from ps.store.chunk_files import ChunkFiles, Span
 from ps.store.contents import ChunkFile, ChunkState, ChunkValue, GenerationHeader, StateArray
-from ps.store.errors import DamagedError
+from ps.store.errors import GO_BACK, DamagedError
 from ps.store.shard_file import HeldChunks
 
 BATCH_BYTES = 16 << 20
@@ -23,7 +24,6 @@ BATCH_BYTES = 16 << 20
 
 THREADS = 4
 """Batches in flight. Measured: one or two leave the disk idle in between, more gain nothing."""
-
 
 V = TypeVar("V", bound=ChunkValue)
 
@@ -158,7 +158,8 @@ class ChunkReader:
             try:
                 files.read(here, buffer)
             except OSError as error:
-                raise DamagedError(f"cannot read chunks in {folder}: {error}; {self._remedy}") from error
+                file = _first_unreadable([folder / span.key for span in here]) or folder
+                raise DamagedError(f"cannot read {file}: {_reason(error)}; {self._remedy}") from error
         for tensor, span in zip(tensors, spans, strict=True):
             self._check_bytes(tensor, span, buffer[span.offset : span.offset + span.size])
         places = iter(spans)
@@ -175,11 +176,25 @@ class ChunkReader:
     def _check_bytes(self, tensor: _Tensor, span: Span, read: torch.Tensor) -> None:
         expected = self._parts[tensor.folder].crc32c(tensor.array, tensor.chunk)
         # The padding of an array's last chunk is not read. It was zeros when it was written.
-        if expected is not None and (found := crc32c(read, span.file_bytes)) != expected:
+        if expected is not None and (found := checksum.crc32c(read, span.file_bytes)) != expected:
             raise DamagedError(
                 f"{tensor.folder / span.key} is damaged: its CRC32C is {found:08x}, and it was written with "
                 f"{expected:08x}; {self._remedy}"
             )
+
+
+def _first_unreadable(files: Iterable[Path]) -> Path | None:
+    """Of files that were to be read in one call, which does not say of which one it is that it failed."""
+    for file in files:
+        try:
+            checksum.of_file(file)
+        except OSError:
+            return file
+    return None
+
+
+def _reason(error: OSError) -> str:
+    return os.strerror(error.errno) if error.errno else str(error)
 
 
 def _assemble(chunk: _Chunk, places: Iterator[Span], buffer: torch.Tensor) -> ChunkState[torch.Tensor]:
@@ -201,9 +216,9 @@ def read_tensor(file: ChunkFile, shape: tuple[int, ...], dtype: torch.dtype) -> 
     try:
         data = bytearray(file.path.read_bytes())
     except OSError as error:
-        raise DamagedError(f"cannot read {file.path}: {error.strerror or error}; restore another generation") from error
+        raise DamagedError(f"cannot read {file.path}: {_reason(error)}; {GO_BACK}") from error
     raw = torch.frombuffer(data, dtype=torch.uint8)
     size = math.prod(shape) * dtype.itemsize
-    if len(data) < size or (file.crc32c is not None and crc32c(raw) != file.crc32c):
-        raise DamagedError(f"{file.path} is damaged: it is not what was written; restore another generation")
+    if len(data) < size or (file.crc32c is not None and checksum.crc32c(raw) != file.crc32c):
+        raise DamagedError(f"{file.path} is damaged: it is not what was written; {GO_BACK}")
     return raw[:size].clone().view(dtype).view(shape)

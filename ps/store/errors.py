@@ -30,6 +30,9 @@ class DiskFullError(StoreError):
     """There was no room for a generation. Earlier generations are untouched."""
 
 
+GO_BACK = "put it back from a copy, or move its generation's folder away on every server to go back to the one before"
+"""What to do about a damaged file of a generation where nothing more is known."""
+
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 

@@ -372,9 +372,9 @@ class JobStore:
                     self._disks.remove([generation])
 
     def _remedy(self, generation: Generation) -> str:
-        others = [str(step) for step in self.committed_steps() if step != generation.step]
-        restore = f"restore another generation ({', '.join(others)}) or " if others else ""
-        return f"{restore}put the file back from a copy of {generation.path}"
+        older = [step for step in self.committed_steps() if step < generation.step]
+        go_back = f", or move {generation.path} away on every server to go back to step {older[-1]}" if older else ""
+        return f"put the file back from a copy{go_back}"
 
 
 def _key_of(folder: Path) -> CommitKey | None:

@@ -23,6 +23,7 @@ import torch
 from ps.errors import StorageFailed
 from ps.store import checksum, durable
 from ps.store.arrays import METADATA_FILE, ChunkedArray, group_metadata
+from ps.store.errors import GO_BACK
 from ps.tier import direct
 
 _EXCHANGE = 2
@@ -30,11 +31,6 @@ _AT_CWD = -100
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 _REMEDY = "the last commit is untouched"
-
-_DAMAGED_REMEDY = (
-    "Put the file back from a copy, or move its generation's folder away on every server to go back to the one "
-    "before; then start the trainers again"
-)
 
 
 class Area:
@@ -75,7 +71,7 @@ class Area:
 
         Raises StorageFailed, naming the file in the generation.
         """
-        with self._loss(label, source, _DAMAGED_REMEDY):
+        with self._loss(label, source, f"{GO_BACK[0].upper()}{GO_BACK[1:]}; then start the trainers again"):
             direct.read_file(self.path(array, chunk), into, size, array.chunk_bytes)
             if crc32c is not None:
                 found = checksum.crc32c(torch.frombuffer(into[:size], dtype=torch.uint8), array.chunk_bytes)
@@ -133,7 +129,7 @@ class Area:
             durable.link_or_copy(source, target)
         except OSError as error:
             raise StorageFailed(
-                f"cannot link {label} from {source} to {target}: {error.strerror or error}; restore another generation"
+                f"cannot link {label} from {source} to {target}: {error.strerror or error}; {GO_BACK}"
             ) from error
 
     def take(self, path: str, array: ChunkedArray, chunk: int, label: str) -> None:

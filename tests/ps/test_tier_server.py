@@ -178,7 +178,7 @@ def test_a_restored_chunk_is_compared_with_its_checksum_when_it_is_first_read(
     # The latter if it was read ahead.
     assert code in (grpc.StatusCode.DATA_LOSS, grpc.StatusCode.INTERNAL)
     assert f"cannot read weight of chunk 0 of 'w7' back from {damaged}: its CRC32C is " in message
-    assert "Put the file back from a copy, or move its generation's folder away on every server" in message
+    assert "Put it back from a copy, or move its generation's folder away on every server" in message
     client.close()
     damaged.write_bytes(whole)
     go_on(Client(cluster.addresses[0], job=job_name))
