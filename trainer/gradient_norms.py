@@ -49,11 +49,14 @@ def gradient_norms(
     answers = [iter(response.chunk_norms) for response in responses]
     shards = {state.remote.index: state.remote.shards for state in states if state.remote is not None}
     by_index = {index: [next(answers[shard]) for shard in shards[index]] for index in indices}
-    return [
+    norms = [
         _whole(by_index[state.remote.index], norm_type, state.remote.dtype)
         for state in states
         if state.remote is not None
     ]
+    if norm_type > 0:
+        model.gradients.known_finite.update(s for s, norm in zip(states, norms, strict=True) if norm.isfinite())
+    return norms
 
 
 def total_norm(norms: Sequence[torch.Tensor], norm_type: float) -> torch.Tensor:

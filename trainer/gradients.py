@@ -15,6 +15,7 @@ from protos import zero_ps_pb2 as pb
 from trainer.config import OffloadConfig
 from trainer.coordinator import Coordinator
 from trainer.errors import ConfigError, ReleasedParameterError
+from trainer.grad_scaling import check_and_unscale, gradient_dtype
 from trainer.job import Job
 from trainer.links import PushKind
 from trainer.memory import MemoryPool, empty_of, trim_heap
@@ -23,12 +24,13 @@ from trainer.released import CONVERSIONS, METADATA, SET_DATA
 from trainer.server import call_all
 
 _TRIM_BYTES = 64 << 20
+_GET_DTYPE = torch.Tensor.dtype.__get__  # type: ignore[attr-defined]
 
 
 class RemoteGradient(torch.Tensor):
     """Stands in `param.grad` for a gradient that is on the servers."""
 
-    _zero_ps_name: str
+    _zero_ps: OffloadedParameter
     _zero_ps_zeroed: bool
     """Set to zeros, of which servers have still to hear."""
 
@@ -38,12 +40,17 @@ class RemoteGradient(torch.Tensor):
     ) -> Any:
         if func in CONVERSIONS and isinstance(args[0], RemoteGradient):
             return args[0]._converted(func, args[1:], kwargs or {})
+        if func is torch._amp_foreach_non_finite_check_and_unscale_:
+            check_and_unscale([gradient._zero_ps for gradient in args[0]], *args[1:])
+            return None
+        if func == _GET_DTYPE:
+            return gradient_dtype(args[0]._zero_ps)
         if func is torch.Tensor.zero_:
             args[0]._zero_ps_zeroed = True
             return args[0]
         # `Module.to` sets `.data`.
         if func not in METADATA and func != SET_DATA:
-            name = next((a._zero_ps_name for a in args if isinstance(a, RemoteGradient)), "?")
+            name = next((a._zero_ps.name for a in args if isinstance(a, RemoteGradient)), "?")
             raise ReleasedParameterError(
                 f"the gradient of parameter {name!r} is on the servers, and {getattr(func, '__name__', func)!s} needs "
                 "its values; use trainer.clip_grad_norm_ to clip, and the optimizer's zero_grad() to drop it"
@@ -53,11 +60,13 @@ class RemoteGradient(torch.Tensor):
 
     def _converted(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> "RemoteGradient":
         """What `Module.to` makes of it: there are no values here to convert."""
-        probe = func(torch.empty(0, dtype=self.dtype, device=self.device), *args, **kwargs)
-        return _placeholder(self._zero_ps_name, empty_of(self.shape, probe.dtype, probe.device))
+        with torch._C.DisableTorchFunctionSubclass():
+            empty = torch.empty(0, dtype=self.dtype, device=self.device)
+        probe = func(empty, *args, **kwargs)
+        return _placeholder(self._zero_ps, empty_of(self.shape, probe.dtype, probe.device))
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        return f"RemoteGradient({self._zero_ps_name!r}, shape={tuple(self.shape)}, dtype={self.dtype})"
+        return f"RemoteGradient({self._zero_ps.name!r}, shape={tuple(self.shape)}, dtype={self.dtype})"
 
 
 class Gradients:
@@ -66,6 +75,10 @@ class Gradients:
     def __init__(self, job: Job, config: OffloadConfig, memory: MemoryPool, coordinator: Coordinator) -> None:
         # What the next step does to the averaged gradients first; see `trainer.clipping`.
         self.edits: list[pb.GradEdit] = []
+        # Whether a gradient was found that is not finite, and parameters whose gradients are known to be so.
+        self.found_nonfinite = False
+        self._skipped = 0
+        self.known_finite: set[OffloadedParameter] = set()
         # Whether servers were asked for what takes the gradients of all trainers, so that none may follow.
         self.final = False
         self._job = job
@@ -98,7 +111,7 @@ class Gradients:
         _set_grad(state, None)
         with torch.no_grad():
             self._send(state, gradient.detach())
-        _set_grad(state, _placeholder(state.name, empty_of(state.shape, state.dtype, state.device)))
+        _set_grad(state, _placeholder(state, empty_of(state.shape, state.dtype, state.device)))
         self._coordinator.after_gradient(state)
 
     def _send(self, state: OffloadedParameter, gradient: torch.Tensor) -> None:
@@ -145,20 +158,20 @@ class Gradients:
 
     def drop(self, states: Iterable[OffloadedParameter], *, keep_zeros: bool = False) -> None:
         """Has the servers forget this trainer's gradients of some parameters; with `keep_zeros` they are 0 then."""
-        dropped = [state for state in states if state in self._sent]
+        states = list(states)
         # After a norm was taken also where nothing was sent: servers have to know that this rank begins anew.
-        if dropped or (self.final and not self._sent):
-            self._forget(dropped, keep_zeros)
+        if self.final or any(state in self._sent for state in states):
+            self._forget(states, keep_zeros)
         elif not self._sent:
-            self.edits.clear()
+            self._begin_anew()
 
-    def _forget(self, dropped: Sequence[OffloadedParameter], keep_zeros: bool = False) -> None:
+    def _forget(self, states: Sequence[OffloadedParameter], keep_zeros: bool = False) -> None:
         self._job.check()
         self._job.transfer.flush()
-        self.edits.clear()
-        self.final = False
+        self._begin_anew()
         # No index means every parameter.
-        indices = [] if len(dropped) == len(self._sent) else [s.remote.index for s in dropped if s.remote is not None]
+        some = set(states)
+        indices = [] if some.issuperset(self._sent) else [s.remote.index for s in states if s.remote is not None]
         call_all(
             self._job.servers,
             "ZeroGrad",
@@ -167,7 +180,7 @@ class Gradients:
             ),
             self._job.timeout,
         )
-        for state in dropped:
+        for state in [state for state in states if state in self._sent]:
             state.contributions = 0
             if keep_zeros and (gradient := _grad(state)) is not None:
                 gradient._zero_ps_zeroed = False  # type: ignore[attr-defined]
@@ -188,10 +201,21 @@ class Gradients:
 
     def stepped(self) -> None:
         """The next contribution is the first one of its step. What was sent stays until it is dropped."""
-        self.edits.clear()
-        self.final = False
+        self._begin_anew()
         for state in self._sent:
             state.contributions = 0
+
+    @property
+    def skipped(self) -> int:
+        """How often gradients that were found not to be finite led to no step."""
+        return self._skipped + self.found_nonfinite
+
+    def _begin_anew(self) -> None:
+        """What was found out about gradients, and was to be done to them, is of no more use."""
+        self._skipped = self.skipped
+        self.edits.clear()
+        self.known_finite.clear()
+        self.final = self.found_nonfinite = False
 
     def has(self, state: OffloadedParameter) -> bool:
         """Whether servers have a gradient of the parameter from this trainer."""
@@ -202,6 +226,8 @@ class Gradients:
     ) -> None:
         """Has the next step change the averaged gradients first: multiply them, or clamp them."""
         indices = [state.remote.index for state in states if state.remote is not None]
+        if scale is not None and not abs(scale) <= 1:
+            self.known_finite.clear()
         self.edits.append(pb.GradEdit(parameters=indices, scale=scale, max_value=max_value))
 
     def settle(self) -> None:
@@ -223,9 +249,9 @@ def _set_grad(state: OffloadedParameter, gradient: torch.Tensor | None) -> None:
         state.param.grad = gradient
 
 
-def _placeholder(name: str, empty: torch.Tensor) -> RemoteGradient:
+def _placeholder(state: OffloadedParameter, empty: torch.Tensor) -> RemoteGradient:
     with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
         gradient: RemoteGradient = torch.Tensor._make_subclass(RemoteGradient, empty)
-    gradient._zero_ps_name = name
+    gradient._zero_ps = state
     gradient._zero_ps_zeroed = False
     return gradient

@@ -1,8 +1,9 @@
 """`trainer.offload` and `trainer.remove`: from a plain model to one whose parameters live on servers, and back."""
 
 import functools
+import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -25,6 +26,9 @@ from trainer.saved import SavedParameter
 from trainer.transfer import Destination, RemoteParameter
 from trainer.units import choose_units, runs
 from trainer.writing import write_values
+
+if TYPE_CHECKING:
+    from trainer.optimizer import RemoteOptimizer
 
 _ATTRIBUTE = "_zero_ps_model"
 _DDP_IGNORES = "_ddp_params_and_buffers_to_ignore"
@@ -107,7 +111,7 @@ class OffloadedModel:
         # Autograd's tasks that gather parameters of this model, each within the one before it.
         self._backwards: list[int] = []
         # The optimizer that was made last; see `RemoteOptimizer.step`.
-        self.optimizer: object = None
+        self.optimizer: weakref.ref[RemoteOptimizer] | None = None
         # Whatever may be wrong with the settings comes out before anything has changed.
         units = list(choose_units(model, config))
         largest = self._check_units(units, device)

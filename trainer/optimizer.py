@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from protos import values
 from protos import zero_ps_pb2 as pb
 from trainer.errors import ConfigError, JobMismatch, RequestRefused
+from trainer.grad_scaling import all_finite
 from trainer.job import Job
 from trainer.offload import OffloadedModel
 from trainer.parameter import OffloadedParameter, offloaded
@@ -22,7 +23,13 @@ class RemoteOptimizer(Optimizer):
     params: parameters of one offloaded model, or param groups of them.
     cls: the class, as `torch.optim.AdamW`; servers use its fused variant where torch has one, unless
         `fused=False` or `foreach` is given.
+    skip_nonfinite: a step whose averaged gradients have a NaN or an infinity in them is not made, on any
+        trainer or server: its gradients are dropped and `skipped_steps` counts it. For training in bf16;
+        with fp16, `torch.amp.GradScaler` does the same and scales losses, too. Each step then waits for the
+        gradients of all trainers.
     defaults: the class's own arguments.
+
+    skipped_steps: how many steps were not made since this object is, for that reason or a GradScaler's.
 
     Groups and their options may be changed between steps, so learning rate schedulers work. `step` sends
     the options and returns; servers update chunk by chunk while the next forward already pulls.
@@ -33,7 +40,9 @@ class RemoteOptimizer(Optimizer):
     belongs to another class.
     """
 
-    def __init__(self, params: Iterable[Any], cls: type[Optimizer], **defaults: Any) -> None:
+    def __init__(
+        self, params: Iterable[Any], cls: type[Optimizer], *, skip_nonfinite: bool = False, **defaults: Any
+    ) -> None:
         name: str = getattr(cls, "__name__", str(cls))
         if getattr(torch.optim, name, None) is not cls:
             raise ConfigError(
@@ -43,6 +52,8 @@ class RemoteOptimizer(Optimizer):
         self._class_name = name
         self._model: OffloadedModel | None = None
         self._ready = False
+        self._skip_nonfinite = skip_nonfinite
+        self._skipped = 0
         super().__init__(params, template.defaults)
         self.job: Job = self._owner.job
         self._send_groups()
@@ -124,7 +135,12 @@ class RemoteOptimizer(Optimizer):
                 "param groups for parameters that are to be treated differently"
             )
         model.between_passes()
-        model.gradients.before_step(self._states())
+        states = self.states()
+        model.gradients.before_step(states)
+        if self._skip_nonfinite and not all_finite(model, states):
+            model.gradients.drop(states)
+            self._skipped += 1
+            return None
         job.transfer.flush()
         call_all(
             job.servers,
@@ -137,6 +153,8 @@ class RemoteOptimizer(Optimizer):
             ),
             job.timeout,
         )
+        # Made although somebody was told of gradients that are not finite.
+        model.gradients.found_nonfinite = False
         job.step += 1
         model.gradients.stepped()
         model.coordinator.stepped()
@@ -148,9 +166,14 @@ class RemoteOptimizer(Optimizer):
         set_to_none: False leaves gradients of 0 where there were some, with which a step is made, as in torch.
         """
         self._owner.between_passes()
-        self._owner.gradients.drop(self._states(), keep_zeros=not set_to_none)
+        self._owner.gradients.drop(self.states(), keep_zeros=not set_to_none)
 
-    def _states(self) -> list[OffloadedParameter]:
+    @property
+    def skipped_steps(self) -> int:
+        return self._skipped + self._owner.gradients.skipped
+
+    def states(self) -> list[OffloadedParameter]:
+        """Of the parameters in all groups."""
         return [s for group in self.param_groups for p in group["params"] if (s := offloaded(p)) is not None]
 
     @property
