@@ -23,6 +23,7 @@ from trainer.errors import (
     ReleasedParameterError,
     RequestRefused,
     ServerFailure,
+    ServerFull,
     TrainerLost,
     ZeroPsError,
 )
@@ -47,6 +48,7 @@ __all__ = [
     "Report",
     "RequestRefused",
     "ServerFailure",
+    "ServerFull",
     "TrainerLost",
     "ZeroPsError",
     "clip_grad_norm_",

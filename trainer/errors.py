@@ -21,6 +21,10 @@ class RequestRefused(ZeroPsError):
     """A server answered that a request is not valid in its present state; it says why."""
 
 
+class ServerFull(RequestRefused):
+    """A server has not the memory, or not the places for jobs, sessions and calls, that a request takes."""
+
+
 class ServerFailure(ZeroPsError):
     """A server could not do what it was asked: its disk failed, a stored file is damaged, an update raised."""
 

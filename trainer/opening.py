@@ -6,7 +6,7 @@ from torch import nn
 from protos import dtypes
 from protos import zero_ps_pb2 as pb
 from protos.layout import ChunkGrid, digest, place_all
-from trainer.errors import ConfigError, ConnectError, JobMismatch, RequestRefused
+from trainer.errors import ConfigError, ConnectError, JobMismatch, RequestRefused, ServerFull
 from trainer.job import Job
 from trainer.links import PushKind
 from trainer.manifest import Entry, entries, to_proto
@@ -20,7 +20,7 @@ def open_job(model: nn.Module, job: Job) -> dict[str, RemoteParameter]:
     """States the model's manifest to all servers and, on a new job, sends rank 0's weights.
 
     Returns where each parameter and persistent buffer is, by name, once every weight is on the
-    servers. Raises JobMismatch when the job holds another model.
+    servers. Raises JobMismatch when the job holds another model, ServerFull when it is too large for a server.
     """
     found = entries(model)
     by_name = {entry.name: entry for entry in found}
@@ -32,6 +32,8 @@ def open_job(model: nn.Module, job: Job) -> dict[str, RemoteParameter]:
             lambda server: pb.OpenJobRequest(session_id=server.session_id, manifest=manifest),
             job.timeout,
         )
+    except ServerFull:
+        raise
     except RequestRefused as error:
         raise JobMismatch(str(error)) from None
     specs = responses[0].manifest.parameters

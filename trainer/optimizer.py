@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from protos import values
 from protos import zero_ps_pb2 as pb
-from trainer.errors import ConfigError, JobMismatch, RequestRefused
+from trainer.errors import ConfigError, JobMismatch, RequestRefused, ServerFull
 from trainer.grad_scaling import all_finite
 from trainer.job import Job
 from trainer.offload import OffloadedModel
@@ -37,7 +37,7 @@ class RemoteOptimizer(Optimizer):
     that there is one. As in torch they add up until `zero_grad`, the optimizer's or the module's.
 
     Raises ConfigError for a class or an argument that cannot work, JobMismatch when the job's state
-    belongs to another class.
+    belongs to another class, ServerFull when an update takes more memory than a server has.
     """
 
     def __init__(
@@ -100,6 +100,8 @@ class RemoteOptimizer(Optimizer):
                 ),
                 job.timeout,
             )
+        except ServerFull:
+            raise
         except RequestRefused as error:
             raise JobMismatch(str(error)) from None
 

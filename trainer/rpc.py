@@ -8,6 +8,7 @@ from trainer.errors import (
     DeadlineExceeded,
     RequestRefused,
     ServerFailure,
+    ServerFull,
     TrainerLost,
     ZeroPsError,
 )
@@ -40,6 +41,8 @@ def from_stream_error(address: str, code: grpc.StatusCode | int, message: str) -
             return TrainerLost(text)
         case grpc.StatusCode.INVALID_ARGUMENT:
             return ConfigError(text)
+        case grpc.StatusCode.RESOURCE_EXHAUSTED:
+            return ServerFull(text)
         case grpc.StatusCode.DATA_LOSS | grpc.StatusCode.INTERNAL | grpc.StatusCode.UNKNOWN:
             return ServerFailure(text)
         case grpc.StatusCode.UNIMPLEMENTED:
