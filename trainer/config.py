@@ -1,11 +1,16 @@
 """How a model is offloaded."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import nn
 
 from trainer.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,12 @@ class OffloadConfig:
         Servers keep fp32 masters of what is trained, so 16 bits halve the bytes pulled.
     reduce_dtype: dtype in which gradients travel; None keeps that of the gradient. Servers add up in
         fp32 in any case.
+    mode: "group" has the trainers of a job, as ranks of a `torch.distributed` group, each pull 1/W of a
+        parameter and all-gather the rest, and of gradients push 1/W of their sum; "direct" has each pull and
+        push on its own, in whatever order it likes. "auto" is "group" where no server is on this host and
+        there is a process group of the job's trainers.
+    process_group: of the job's trainers, for group mode: a process group or a one-dimensional `DeviceMesh`;
+        None for the default group. Ranks in it have to be those of the job.
     max_inflight_push_bytes: how many bytes of gradients may wait to be sent. Backward waits beyond
         that, so a slow network does not gather a whole model's gradients here.
     """
@@ -46,6 +57,8 @@ class OffloadConfig:
     module_granularity_threshold: int = 0
     param_dtype: torch.dtype | None = None
     reduce_dtype: torch.dtype | None = None
+    mode: Literal["auto", "group", "direct"] = "auto"
+    process_group: "ProcessGroup | DeviceMesh | None" = None
     max_inflight_push_bytes: int = 32 << 20
 
     def __post_init__(self) -> None:
@@ -64,6 +77,8 @@ class OffloadConfig:
         limit = self.max_live_bytes
         if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
             raise ConfigError(f"OffloadConfig.max_live_bytes has to be a whole number of bytes or None, not {limit!r}")
+        if self.mode not in ("auto", "group", "direct"):
+            raise ConfigError(f"OffloadConfig.mode has to be 'auto', 'group' or 'direct', not {self.mode!r}")
         for leaf in self.leaf_modules:
             if not isinstance(leaf, str) and not (isinstance(leaf, type) and issubclass(leaf, nn.Module)):
                 raise ConfigError(f"OffloadConfig.leaf_modules takes classes of modules and names, not {leaf!r}")

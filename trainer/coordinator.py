@@ -21,9 +21,10 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from trainer.config import OffloadConfig
 from trainer.forecast import Forecast, module_order, signature
+from trainer.group import TrainerGroup
 from trainer.memory import MemoryPool
 from trainer.pace import Pace
-from trainer.parameter import OffloadedParameter
+from trainer.parameter import NOT_HERE, OffloadedParameter
 from trainer.plan import PlanSender
 from trainer.requests import Request, Requests, small_ones_together
 from trainer.residency import Residency, cost
@@ -39,9 +40,14 @@ class Coordinator:
 
     One thread at a time runs a model forward or backward, and calls this; only `unsaved` may come from
     any thread.
+
+    group: the trainers that pull together, if they do. Then all of them have to ask for the same in the same
+        order, so nothing here may depend on how fast anything is, nor on what one of them has for itself.
     """
 
-    def __init__(self, job: "Job", config: OffloadConfig, memory: MemoryPool) -> None:
+    def __init__(
+        self, job: "Job", config: OffloadConfig, memory: MemoryPool, group: TrainerGroup | None = None
+    ) -> None:
         self.statistics = Statistics()
         self.pace = Pace()
         self.forecast = Forecast(self.pace)
@@ -50,7 +56,8 @@ class Coordinator:
         self.assigned = False
         self._job = job
         self._config = config
-        self._requests = Requests(job, self.pace)
+        self._group = group
+        self._requests = Requests(job, self.pace, group)
         self._plan = PlanSender(job)
         # Everything before this place of the forecast is whole or asked for.
         self._frontier = 0
@@ -59,6 +66,8 @@ class Coordinator:
         # Not released because something outside of this package holds a view of them.
         self._lingering: dict[OffloadedParameter, None] = {}
         self._unsaved: deque[OffloadedParameter] = deque()
+        # In a group: what this rank gathered for itself, outside of passes. In a pass it does not count.
+        self._private: set[OffloadedParameter] = set()
         # What is being gathered, and must stay until whoever uses it has it.
         self._serving: Sequence[OffloadedParameter] = ()
         self._requests.on_arrival = self._arrived
@@ -127,6 +136,13 @@ class Coordinator:
         self._keep_what_comes()
 
     def _begin_pass(self) -> None:
+        for state in self._private:
+            # Gathered once more with the other ranks, to the same bytes, if the pass needs it.
+            if state.request is not None:
+                self._outlast(state.request)
+            state.version = NOT_HERE
+        self.release(self._private)
+        self._private.clear()
         self._frontier = self.forecast.place
         self._served_at = time.perf_counter()
 
@@ -149,15 +165,18 @@ class Coordinator:
 
     # ------------------------------------------------------------ gather
 
-    def fetch(self, states: Sequence[OffloadedParameter], who: str) -> None:
+    def fetch(self, states: Sequence[OffloadedParameter], who: str, *, private: bool = True) -> None:
         """Returns when all the parameters are whole and at the job's version.
 
         who: the module that uses them, for messages and statistics.
+        private: outside of passes, whether other ranks need not do the same.
         """
         version = self._job.step
         self._serving = states
         if self.forecast.running:
             self._note_uses(states, version, who)
+        elif self._group is not None and private:
+            self._private.update(state for state in states if state.version != version)
         if all(state.version == version for state in states):
             if self.forecast.running:
                 self._look_ahead()
@@ -235,7 +254,7 @@ class Coordinator:
         self._plan.asked(states)
         if self.timeline is not None:
             self.timeline.requested(states, time.perf_counter(), urgent=urgent)
-        self._requests.submit(states, version, urgent=urgent)
+        self._requests.submit(states, version, urgent=urgent, alone=not self.forecast.running)
 
     def _arrived(self, request: Request) -> None:
         """From any thread."""
@@ -285,7 +304,7 @@ class Coordinator:
             if state.version == version or state.request is not None:
                 self._frontier += 1
                 continue
-            if not self.forecast.is_due(self._frontier, self._requests.backlog_bytes):
+            if not self._is_due(bucket_elements):
                 return
             with self._plain_tensors():
                 bucket = self._next_bucket(bucket_elements, version)
@@ -293,6 +312,12 @@ class Coordinator:
                     self._submit(together, version, urgent=False)
             if not bucket:
                 return
+
+    def _is_due(self, bucket_elements: int) -> bool:
+        """Whether what is at the frontier has to be asked for now."""
+        if self._group is None:
+            return self.forecast.is_due(self._frontier, self._requests.backlog_bytes)
+        return self.forecast.distance(self._frontier) <= bucket_elements
 
     def _next_bucket(self, bucket_elements: int, version: int) -> list[OffloadedParameter]:
         """Takes from the frontier on what goes into one request, and gives it memory."""
@@ -303,7 +328,7 @@ class Coordinator:
             if state.version != version and state.request is None and state not in bucket:
                 if bucket and elements + state.numel > bucket_elements:
                     break
-                if state.active or state.aliased:
+                if self._group is None and (state.active or state.aliased):
                     # In use at another version than this, by somebody who will have to wait for it.
                     break
                 if not state.resident_bytes and not self._room_ahead(state, keep):
@@ -318,8 +343,8 @@ class Coordinator:
     def _room_ahead(self, state: OffloadedParameter, keep: Container[OffloadedParameter]) -> bool:
         """Makes room by evicting what is used later than what is at the frontier. Whether there is."""
         need = cost(state), state.numel, self._frontier, keep
-        if self.residency.make_room(*need):
-            return True
+        if self.residency.make_room(*need) or self._group is not None:
+            return self.residency.has_room(*need[:2])
         # What came and was not used may have been a mistake.
         done = [request for request in self._requests.unsettled() if request.done]
         for request in done:
@@ -352,9 +377,12 @@ class Coordinator:
                 continue
             if state.aliased:
                 self._lingering[state] = None
+                if self._group is not None and not self._is_needed_soon(state):
+                    # The other ranks let go of it.
+                    state.version = NOT_HERE
                 continue
             self._lingering.pop(state, None)
-            if self._is_needed_soon(state):
+            if state not in self._private and self._is_needed_soon(state):
                 self.residency.rank(state)
             else:
                 self._ask_again(state)

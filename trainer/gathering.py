@@ -34,7 +34,7 @@ def gathered(params: nn.Module | torch.Tensor | Iterable[torch.Tensor], *, modif
     for model, group in groups:
         if modify:
             model.job.barrier("entering gathered(modify=True)")
-        model.coordinator.fetch(group, "trainer.gathered")
+        model.coordinator.fetch(group, "trainer.gathered", private=not modify)
     # Only when all are here: what failed for one model has to leave those of another as they were.
     for model, group in groups:
         for state in group:
@@ -68,7 +68,8 @@ def gathered(params: nn.Module | torch.Tensor | Iterable[torch.Tensor], *, modif
             for state in states:
                 state.deactivate()
             for model, group in groups:
-                model.coordinator.fetch([state for state in group if state.active], "trainer.gathered")
+                again = [state for state in group if state.active]
+                model.coordinator.fetch(again, "trainer.gathered", private=not modify)
                 model.coordinator.release(group)
             for state in kept:
                 # What contexts around this one, in which it is still whole, are to compare with.

@@ -16,6 +16,7 @@ from trainer.config import OffloadConfig
 from trainer.coordinator import Coordinator
 from trainer.errors import ConfigError, ReleasedParameterError
 from trainer.grad_scaling import check_and_unscale, gradient_dtype
+from trainer.group import TrainerGroup
 from trainer.job import Job
 from trainer.links import PushKind
 from trainer.memory import MemoryPool, empty_of, trim_heap
@@ -72,7 +73,14 @@ class RemoteGradient(torch.Tensor):
 class Gradients:
     """The gradients of one model's parameters that this trainer has sent and no `zero_grad` has dropped."""
 
-    def __init__(self, job: Job, config: OffloadConfig, memory: MemoryPool, coordinator: Coordinator) -> None:
+    def __init__(
+        self,
+        job: Job,
+        config: OffloadConfig,
+        memory: MemoryPool,
+        coordinator: Coordinator,
+        group: TrainerGroup | None = None,
+    ) -> None:
         # What the next step does to the averaged gradients first; see `trainer.clipping`.
         self.edits: list[pb.GradEdit] = []
         # Whether a gradient was found that is not finite, and parameters whose gradients are known to be so.
@@ -85,6 +93,7 @@ class Gradients:
         self._config = config
         self._memory = memory
         self._coordinator = coordinator
+        self._group = group
         self._sent: dict[OffloadedParameter, None] = {}
         self._since_trim = 0
 
@@ -130,23 +139,59 @@ class Gradients:
         if gradient.is_sparse:
             gradient = gradient.to_dense()
         dtype = self._config.reduce_dtype or gradient.dtype
-        nbytes = gradient.numel() * dtype.itemsize
+        elements = gradient.numel()
+        if self._group is not None:
+            elements = self._group.size * self._group.part_elements(elements)
+        nbytes = elements * dtype.itemsize
         self._job.transfer.reserve(nbytes, self._config.max_inflight_push_bytes)
         # A copy, in memory that is used again: autograd's own block goes back to the allocator at once.
         block = self._memory.take(nbytes)
-        leaving = torch.empty(0, dtype=dtype).set_(block).reshape(gradient.shape).copy_(gradient)
-        self._job.transfer.push(
-            state.remote,
-            leaving,
-            PushKind.GRADIENT,
-            step=self._job.step,
-            sequence=state.contributions,
-            on_sent=functools.partial(self._memory.give, block),
-        )
+        leaving = torch.empty(0, dtype=dtype).set_(block)
+        leaving[: gradient.numel()].view(gradient.shape).copy_(gradient)
+        if self._group is not None:
+            leaving[gradient.numel() :].zero_()
+            self._reduce_scatter(self._group, state, leaving, block)
+        else:
+            self._job.transfer.push(
+                state.remote,
+                leaving,
+                PushKind.GRADIENT,
+                step=self._job.step,
+                sequence=state.contributions,
+                on_sent=functools.partial(self._memory.give, block),
+            )
         state.contributions += 1
         self._sent[state] = None
         if gradient.device.type == "cpu":
             self._trim(nbytes)
+
+    def _reduce_scatter(
+        self, group: TrainerGroup, state: OffloadedParameter, gradient: torch.Tensor, block: torch.UntypedStorage
+    ) -> None:
+        """Pushes this rank's part of the sum of the ranks' gradients, when all of them are there."""
+        remote, step, sequence = state.remote, self._job.step, state.contributions
+        part, nbytes = group.part(state.numel), gradient.nbytes
+        assert remote is not None
+
+        def push(total: torch.Tensor | None, error: BaseException | None) -> None:
+            self._memory.give(block)
+            try:
+                if total is not None and error is None and part[0] < part[1]:
+                    self._job.transfer.push(
+                        remote,
+                        total[: part[1] - part[0]],
+                        PushKind.GRADIENT,
+                        step=step,
+                        sequence=sequence,
+                        elements=part,
+                    )
+            except Exception as failure:
+                error = failure
+            finally:
+                self._job.transfer.let_go(nbytes, error)
+
+        self._job.transfer.hold(nbytes)
+        group.reduce_scatter(f"the gradient of {state.name!r} of step {step}", gradient, push)
 
     def _trim(self, nbytes: int) -> None:
         """Every `_TRIM_BYTES` of gradients: their blocks leave holes in malloc's heap that gRPC's messages

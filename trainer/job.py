@@ -177,6 +177,8 @@ class Job:
 
     def _disconnect(self) -> None:
         self._closed = True
+        if self.model is not None:
+            self.model.leave()
         for link in self.links:
             link.close()
         self._session.close()

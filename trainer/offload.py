@@ -19,6 +19,7 @@ from trainer.job import Job
 from trainer.links import PushKind
 from trainer.manifest import persistent_buffers
 from trainer.memory import MemoryPool, empty_of
+from trainer.mode import open_group
 from trainer.opening import open_job
 from trainer.parameter import NOT_HERE, OffloadedParameter, materialise, offloaded
 from trainer.residency import cost, cost_of
@@ -106,8 +107,9 @@ class OffloadedModel:
         self.job = job
         self.config = config
         self.memory = MemoryPool()
-        self.coordinator = Coordinator(job, config, self.memory)
-        self.gradients = Gradients(job, config, self.memory, self.coordinator)
+        self.group = open_group(job, config)
+        self.coordinator = Coordinator(job, config, self.memory, self.group)
+        self.gradients = Gradients(job, config, self.memory, self.coordinator, self.group)
         # Autograd's tasks that gather parameters of this model, each within the one before it.
         self._backwards: list[int] = []
         # The optimizer that was made last; see `RemoteOptimizer.step`.
@@ -210,7 +212,13 @@ class OffloadedModel:
         for state in self.states:
             saved.unregister(state)
             state.detach()
+        self.leave()
         self.job.model = None
+
+    def leave(self) -> None:
+        """Ends the group of trainers, if there is one."""
+        if self.group is not None:
+            self.group.close()
 
     def release(self) -> None:
         self.coordinator.sweep()

@@ -19,6 +19,7 @@ _SHOWN_MODULES = 5
 class Report:
     """Counted since `trainer.offload`; bytes moved since `trainer.connect`.
 
+    mode: "group" where the trainers move parameters together, else "direct".
     gathers: uses of parameters by modules, in forward and backward; of parameters that always stay only
         those are left out that found them.
     hits, misses: gathers that found the parameter whole or on its way, and those that had to ask for it.
@@ -35,6 +36,7 @@ class Report:
     links: by server address, the kind of link in use, and why no better one is: 'grpc (shm: ...)'.
     """
 
+    mode: str
     gathers: int
     hits: int
     misses: int
@@ -59,6 +61,7 @@ class Report:
     def __str__(self) -> str:
         share = self.hits / self.gathers if self.gathers else 1.0
         rows = [
+            ("mode", self.mode),
             ("gathers", f"{self.gathers}, {share:.1%} asked for ahead of time"),
             ("waited for parameters", f"{self.total_stalled_seconds:.2f} s"),
             ("transfers", f"{self.transfer_seconds:.2f} s, {self.hidden:.1%} of it hidden behind compute"),
@@ -83,6 +86,7 @@ def report(model: nn.Module) -> Report:
     stalled = sum(statistics.stalled_seconds.values())
     job = _offloaded(model).job
     return Report(
+        mode="direct" if _offloaded(model).group is None else "group",
         gathers=statistics.gathers,
         hits=statistics.hits,
         misses=statistics.misses,

@@ -8,10 +8,11 @@ the rest waits here, and what is urgent goes before it.
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 
-from protos.layout import ChunkGrid
 from trainer.errors import DeadlineExceeded
+from trainer.group import TrainerGroup, Whole
 from trainer.job import Job
 from trainer.landing import Landing, landing
 from trainer.pace import Pace
@@ -26,7 +27,7 @@ _SMALL_BYTES = 1 << 20
 """Less than this does not keep a link busy for as long as a request takes to make."""
 
 _PIECE_BYTES = 8 << 20
-"""Parameters larger than this are asked for in pieces."""
+"""Parameters, or parts of them, that are larger than this are asked for in pieces."""
 
 
 class Request:
@@ -36,11 +37,15 @@ class Request:
     sent: whether a part of it was given to the links.
     asked_at, arrived_at: on the performance counter; arrived_at is 0 until then.
     error: why it failed.
+    group: those who pull the other parts of the parameters; None where this trainer pulls all of them.
+    mine: in a group, done when this trainer's parts are here.
     """
 
-    def __init__(self, states: Sequence[OffloadedParameter], version: int) -> None:
+    def __init__(self, states: Sequence[OffloadedParameter], version: int, group: TrainerGroup | None) -> None:
         self.states = states
         self.version = version
+        self.group = group
+        self.mine: Future[None] = Future()
         self.nbytes = sum(state.nbytes for state in states)
         self.landings: list[Landing] = [landing(state) for state in states]
         self.sent = False
@@ -53,17 +58,28 @@ class Request:
     def pieces(self) -> Iterator[tuple[list[Destination], int]]:
         """What is asked of the links at once, each with its bytes."""
         together: list[Destination] = []
+        size = 0
         for state, place in zip(self.states, self.landings, strict=True):
             assert state.remote is not None
-            grid = state.remote.grid
-            if len(self.states) > 1 or state.nbytes <= _PIECE_BYTES:
-                together.append(Destination(state.remote, place.buffer, state.dtype))
+            first, end = (0, state.numel) if self.group is None else self.group.part(state.numel)
+            itemsize = state.dtype.itemsize
+            if len(self.states) > 1 or (end - first) * itemsize <= _PIECE_BYTES:
+                elements = None if self.group is None else (first, end)
+                together.append(Destination(state.remote, place.buffer, state.dtype, elements))
+                size += (end - first) * itemsize
                 continue
-            for chunks in _runs(grid, state.dtype.itemsize):
-                elements = grid.element_range(chunks[-1])[1] - grid.element_range(chunks[0])[0]
-                yield [Destination(state.remote, place.buffer, state.dtype, chunks)], elements * state.dtype.itemsize
-        if together:
-            yield together, sum(destination.buffer.numel() for destination in together)
+            for start, stop in _pieces(first, end, state.remote.grid.chunk_elements(0), itemsize):
+                destination = Destination(state.remote, place.buffer, state.dtype, (start, stop))
+                yield [destination], (stop - start) * itemsize
+        if size:
+            yield together, size
+
+    def whole(self) -> list[Whole]:
+        """What the group makes whole."""
+        return [
+            Whole(place.buffer, state.numel, state.dtype.itemsize)
+            for state, place in zip(self.states, self.landings, strict=True)
+        ]
 
     def describe(self) -> str:
         names = ", ".join(repr(state.name) for state in self.states[:3])
@@ -74,12 +90,15 @@ class Request:
 class Requests:
     """The requests of one model. Methods are called by the thread that runs it; bytes arrive in others.
 
+    group: the trainers that pull together, if they do. Then requests have to be the same on all of them, in
+        the same order.
     on_arrival: called, from any thread, when the bytes of a request are here.
     """
 
-    def __init__(self, job: Job, pace: Pace) -> None:
+    def __init__(self, job: Job, pace: Pace, group: TrainerGroup | None = None) -> None:
         self._job = job
         self._pace = pace
+        self._group = group
         self._changed = threading.Condition(threading.RLock())
         self._waiting: deque[tuple[Request, list[Destination], int]] = deque()
         self._urgent: deque[tuple[Request, list[Destination], int]] = deque()
@@ -93,9 +112,14 @@ class Requests:
 
     # ------------------------------------------------------------ asking
 
-    def submit(self, states: Sequence[OffloadedParameter], version: int, *, urgent: bool) -> Request:
-        """Asks for parameters that have their memory; from here on each one's `request` is this one."""
-        request = Request(states, version)
+    def submit(
+        self, states: Sequence[OffloadedParameter], version: int, *, urgent: bool, alone: bool = False
+    ) -> Request:
+        """Asks for parameters that have their memory; from here on each one's `request` is this one.
+
+        alone: all of them from the servers, also where there is a group.
+        """
+        request = Request(states, version, None if alone else self._group)
         pieces = list(request.pieces())
         request.outstanding = len(pieces)
         self._unsettled[request] = None
@@ -104,6 +128,12 @@ class Requests:
             (self._urgent if urgent else self._waiting).extend((request, *piece) for piece in pieces)
         for state in states:
             state.request = request
+        if request.group is not None:
+            request.group.all_gather(
+                request.describe(), request.whole(), request.mine, lambda error: self._gathered(request, error)
+            )
+        if not pieces:
+            request.mine.set_result(None)
         self._send()
         return request
 
@@ -121,6 +151,9 @@ class Requests:
 
     def withdraw(self) -> list[Request]:
         """Takes back what no link was given any part of; the requests, whose memory may be freed."""
+        if self._group is not None:
+            # The others may have moved their parts already.
+            return []
         with self._changed:
             gone = list(dict.fromkeys(entry[0] for entry in self._waiting if not entry[0].sent))
             self._waiting = deque(entry for entry in self._waiting if entry[0].sent)
@@ -203,9 +236,17 @@ class Requests:
             request.error = request.error or error
             request.outstanding -= 1
             finished = request.outstanding == 0
-        if finished:
+        if finished and request.group is None:
             self._finish(request, now)
+        elif finished and request.error is None:
+            request.mine.set_result(None)
+        elif finished:
+            request.mine.set_exception(request.error)
         self._send()
+
+    def _gathered(self, request: Request, error: BaseException | None) -> None:
+        request.error = request.error or error
+        self._finish(request, time.perf_counter())
 
     def _finish(self, request: Request, now: float) -> None:
         if request.error is None:
@@ -243,14 +284,10 @@ def small_ones_together(bucket: Sequence[OffloadedParameter]) -> Iterator[list[O
         yield small
 
 
-def _runs(grid: ChunkGrid, itemsize: int) -> Iterable[range]:
-    """The chunks of a parameter in runs of about `_PIECE_BYTES`."""
-    first, size = 0, 0
-    for chunk in range(grid.num_chunks):
-        start, stop = grid.element_range(chunk)
-        size += (stop - start) * itemsize
-        if size >= _PIECE_BYTES:
-            yield range(first, chunk + 1)
-            first, size = chunk + 1, 0
-    if first < grid.num_chunks:
-        yield range(first, grid.num_chunks)
+def _pieces(first: int, end: int, chunk_elements: int, itemsize: int) -> Iterator[tuple[int, int]]:
+    """Cuts elements of a parameter, between whole chunks, into pieces of about `_PIECE_BYTES`."""
+    chunks = max(1, _PIECE_BYTES // (chunk_elements * itemsize))
+    while first < end:
+        stop = min(end, (first // chunk_elements + chunks) * chunk_elements)
+        yield first, stop
+        first = stop

@@ -12,7 +12,7 @@ import torch
 
 from protos.layout import ChunkGrid
 from trainer.errors import DeadlineExceeded
-from trainer.links import Pull, Push, PushKind
+from trainer.links import Pull, Push, PushKind, Run
 
 if TYPE_CHECKING:
     from trainer.job import Job
@@ -43,13 +43,14 @@ class Destination:
     """A parameter to pull and where its bytes go.
 
     buffer: 1-d uint8 CPU tensor of the whole parameter in `dtype`.
-    chunks: of the grid, to pull only a part; None for all.
+    elements: of the flattened parameter, the first one and the one after the last, to pull only a part, to
+        where it is in the buffer; None for all.
     """
 
     remote: RemoteParameter
     buffer: torch.Tensor
     dtype: torch.dtype
-    chunks: range | None = None
+    elements: tuple[int, int] | None = None
 
 
 class Arrival:
@@ -114,13 +115,13 @@ class Transfer:
             for shard, link in enumerate(self._job.links):
                 chunks: list[tuple[int, int]] = []
                 buffers: list[torch.Tensor] = []
+                runs: list[Run] = []
                 for destination in group:
-                    for chunk, part in _parts(
-                        destination.remote, destination.buffer, destination.dtype, shard, destination.chunks
-                    ):
-                        chunks.append((destination.remote.index, chunk))
-                        buffers.append(part)
-                        nbytes += part.numel()
+                    for part in _parts(destination.remote, destination.dtype, shard, destination.elements):
+                        chunks.append((destination.remote.index, part.chunk))
+                        buffers.append(part.of(destination.buffer))
+                        runs.append(part.run)
+                        nbytes += part.nbytes
                 if chunks:
                     pull = Pull(
                         version=version,
@@ -129,6 +130,7 @@ class Transfer:
                         dtype=dtype,
                         timeout=self._job.timeout,
                         staged=group[0].remote.staged,
+                        runs=runs if any(destination.elements for destination in group) else None,
                     )
                     futures.append(link.pull(pull))
         with self._lock:
@@ -145,11 +147,14 @@ class Transfer:
         step: int,
         sequence: int = 0,
         chunks: Iterable[int] | None = None,
+        elements: tuple[int, int] | None = None,
         on_sent: Callable[[], None] | None = None,
     ) -> None:
         """Sends a whole parameter, or some of its chunks, without waiting for the acknowledgement.
 
         tensor: contiguous CPU tensor of the parameter's shape, not to be changed before `flush`.
+        elements: of a gradient, those of the flattened parameter that the tensor is of, the first one and the
+            one after the last; None for all.
         on_sent: called, from any thread, when every server has acknowledged its part.
         """
         self.check()
@@ -158,26 +163,26 @@ class Transfer:
         pushes = []
         for shard in range(len(self._job.links)):
             parts = [
-                (chunk, part)
-                for chunk, part in _parts(remote, data, tensor.dtype, shard)
-                if wanted is None or chunk in wanted
+                part for part in _parts(remote, tensor.dtype, shard, elements) if wanted is None or part.chunk in wanted
             ]
             if parts:
                 pushes.append((shard, parts))
+        origin = elements[0] * tensor.itemsize if elements is not None else 0
         sending = _Sending(len(pushes), on_sent)
         for shard, parts in pushes:
-            size = sum(part.numel() for _, part in parts)
+            size = sum(part.nbytes for part in parts)
             with self._lock:
                 self._inflight_bytes += size
-            self._job.stats.bytes_pushed += size
+                self._job.stats.bytes_pushed += size
             future = self._job.links[shard].push(
                 Push(
                     kind=kind,
                     step=step,
-                    chunks=[(remote.index, chunk) for chunk, _ in parts],
-                    sources=[part for _, part in parts],
+                    chunks=[(remote.index, part.chunk) for part in parts],
+                    sources=[part.of(data, origin) for part in parts],
                     dtype=tensor.dtype,
                     sequence=sequence,
+                    runs=None if elements is None else [part.run for part in parts],
                 )
             )
             future.add_done_callback(functools.partial(self._acknowledged, size, sending))
@@ -185,6 +190,18 @@ class Transfer:
     def reserve(self, size: int, limit: int) -> None:
         """Waits until `size` more bytes make at most `limit` bytes on their way; one push may always be."""
         self._wait(lambda: self._inflight_bytes == 0 or self._inflight_bytes + size <= limit)
+
+    def hold(self, size: int) -> None:
+        """Counts bytes as being on their way that will be pushed in a while."""
+        with self._lock:
+            self._inflight_bytes += size
+
+    def let_go(self, size: int, error: BaseException | None = None) -> None:
+        """What was held has been pushed, or failed."""
+        with self._lock:
+            self._inflight_bytes -= size
+            self._error = self._error or error
+            self._lock.notify_all()
 
     def flush(self) -> None:
         """Waits until everything that was pushed is acknowledged; raises the first error of any push."""
@@ -224,11 +241,34 @@ class _Sending:
     on_sent: Callable[[], None] | None
 
 
+@dataclass(frozen=True)
+class _Part:
+    """What of a parameter is moved to or from one chunk.
+
+    run: in elements of the chunk. start, nbytes: in the parameter's bytes.
+    """
+
+    chunk: int
+    run: Run
+    start: int
+    nbytes: int
+
+    def of(self, data: torch.Tensor, origin: int = 0) -> torch.Tensor:
+        """The part's bytes of the parameter's; origin: with which of them `data` begins."""
+        return data.narrow(0, self.start - origin, self.nbytes)
+
+
 def _parts(
-    remote: RemoteParameter, data: torch.Tensor, dtype: torch.dtype, shard: int, chunks: range | None = None
-) -> Iterable[tuple[int, torch.Tensor]]:
-    """The chunks of a parameter that a shard holds, each with its part of the parameter's bytes."""
-    for chunk in range(len(remote.shards)) if chunks is None else chunks:
+    remote: RemoteParameter, dtype: torch.dtype, shard: int, elements: tuple[int, int] | None
+) -> Iterable[_Part]:
+    """What a shard holds of a parameter, or of some of its elements."""
+    grid = remote.grid
+    first, end = (0, grid.rows * grid.row_elements) if elements is None else elements
+    chunk_elements = max(1, grid.chunk_rows * grid.row_elements)
+    if first == end:
+        return
+    for chunk in range(first // chunk_elements, -(-end // chunk_elements)):
         if remote.shards[chunk] == shard:
-            start, stop = remote.grid.element_range(chunk)
-            yield chunk, data.narrow(0, start * dtype.itemsize, (stop - start) * dtype.itemsize)
+            begin, stop = grid.element_range(chunk)
+            low, high = max(begin, first), min(stop, end)
+            yield _Part(chunk, (low - begin, high - begin), low * dtype.itemsize, (high - low) * dtype.itemsize)

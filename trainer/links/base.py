@@ -16,6 +16,10 @@ ChunkKey = tuple[int, int]
 """Index of a parameter in the manifest (for staged data: its staging id) and of a chunk in its grid."""
 
 
+Run = tuple[int, int]
+"""Elements of a flattened chunk: the first one, and the one after the last."""
+
+
 class PushKind(Enum):
     GRADIENT = "gradient"
     WEIGHT = "weight"
@@ -30,6 +34,7 @@ class Pull:
         may be written at any time until the pull's future is done, also when it ends with an error.
     dtype: on the wire; None means as stored.
     timeout: seconds that the server may wait for the version.
+    runs: for each chunk the elements that are wanted; None for whole chunks.
     """
 
     version: int
@@ -38,6 +43,7 @@ class Pull:
     dtype: torch.dtype | None
     timeout: float
     staged: bool = False
+    runs: Sequence[Run] | None = None
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,7 @@ class Push:
     sources: for each chunk a 1-d uint8 CPU tensor; not to be changed before the push's future is done.
     sequence: for gradients, how many contributions of this trainer to these chunks came before in
         the step.
+    runs: for gradients, the elements of each chunk that they are of; None for whole chunks.
     """
 
     kind: PushKind
@@ -55,6 +62,7 @@ class Push:
     sources: Sequence[torch.Tensor]
     dtype: torch.dtype
     sequence: int = 0
+    runs: Sequence[Run] | None = None
 
 
 class Link(ABC):

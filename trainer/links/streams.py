@@ -18,7 +18,7 @@ import torch
 from protos import dtypes
 from protos import zero_ps_pb2 as pb
 from protos import zero_ps_pb2_grpc as pb_grpc
-from trainer.links.base import Link, Pull, Push, PushKind
+from trainer.links.base import Link, Pull, Push, PushKind, Run
 from trainer.rpc import from_rpc_error, from_stream_error
 
 _PUSH_KINDS = {
@@ -173,6 +173,7 @@ class _PullStream(_Stream[pb.PullRequest, pb.PullResponse]):
                     chunks=[pb.ChunkRef(parameter=p, chunk=c) for p, c in pull.chunks],
                     staged=pull.staged,
                     timeout_seconds=pull.timeout,
+                    parts=_parts(pull.runs),
                 )
             )
         return pending.future
@@ -233,6 +234,7 @@ class _PushStream(_Stream[tuple[int, Push], pb.PushResponse]):
                 chunks=[pb.ChunkRef(parameter=p, chunk=c) for p, c in push.chunks],
                 sequence=push.sequence,
                 chunk_bytes=[s.numel() for s in push.sources] if push.kind is PushKind.STAGED else (),
+                parts=_parts(push.runs),
             )
             messages = self._link._pack(push, header)
             yield pb.PushRequest(header=header)
@@ -256,3 +258,7 @@ class _PushStream(_Stream[tuple[int, Push], pb.PushResponse]):
         futures = list(self._pending.values())
         self._pending.clear()
         return futures
+
+
+def _parts(runs: Sequence[Run] | None) -> list[pb.Runs]:
+    return [pb.Runs(starts=[start], counts=[stop - start]) for start, stop in runs or ()]

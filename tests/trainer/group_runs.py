@@ -1,0 +1,125 @@
+"""What trainer processes of the tests of group mode do (see `tests.ranks`)."""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import trainer
+from tests.models import Residual, batch, loss_of, seeded
+from tests.trainer.runs import adamw, gathered_values
+
+LIMITS = {"param_persistence_threshold": 0, "max_live_bytes": 60_000}
+"""Room for little more than the largest module, so that parameters go and come back."""
+
+
+class Branching(nn.Module):
+    """Takes one way or the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(8, 8)
+        self.ways = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])
+
+    def forward(self, x: torch.Tensor, way: int) -> torch.Tensor:
+        return self.ways[way](self.first(x))
+
+
+def join(store: str) -> tuple[int, int]:
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+    return rank, world_size
+
+
+def train(
+    addresses: list[str],
+    job: str,
+    store: str,
+    mode: str = "group",
+    steps: int = 3,
+    micro_batches: int = 1,
+    param_dtype: str | None = None,
+    limited: bool = False,
+) -> dict[str, Any]:
+    """Trains on this rank's share of each batch."""
+    rank, world_size = join(store)
+    dtype = None if param_dtype is None else getattr(torch, param_dtype)
+    config = trainer.OffloadConfig(mode=mode, param_dtype=dtype, **(LIMITS if limited else {}))
+    with trainer.connect(addresses, job=job) as connection:
+        model = seeded(Residual)
+        trainer.offload(model, connection, config)
+        optimizer = adamw(model.parameters())
+        losses = []
+        before = connection.stats.bytes_pulled, connection.stats.bytes_pushed
+        for step in range(steps):
+            for micro_batch in range(micro_batches):
+                tokens = batch(step * micro_batches + micro_batch, rows=2 * world_size).chunk(world_size)[rank]
+                loss = loss_of(model, tokens)
+                loss.backward()
+                losses.append(loss.item())
+            trainer.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        moved = connection.stats.bytes_pulled - before[0], connection.stats.bytes_pushed - before[1]
+        views = []
+        if rank == 0:
+            # One rank alone looks at a parameter, which stays for as long as it holds the view.
+            with trainer.gathered(model.head.weight):
+                views.append(model.head.weight.detach())
+        loss_of(model, batch(99)).backward()
+        views.clear()
+        report = trainer.report(model)
+        return {
+            "losses": losses,
+            "params": gathered_values(model),
+            "moved": moved,
+            "mode": report.mode,
+            "peak": report.peak_live_bytes,
+        }
+
+
+def take_different_ways(addresses: list[str], job: str, store: str) -> str:
+    rank, _ = join(store)
+    with trainer.connect(addresses, job=job, timeout=20) as connection:
+        model = seeded(Branching)
+        trainer.offload(model, connection, trainer.OffloadConfig(mode="group", param_persistence_threshold=0))
+        optimizer = adamw(model.parameters())
+        try:
+            model(torch.ones(1, 8), rank).sum().backward()
+            optimizer.step()
+            return "no error"
+        except trainer.ZeroPsError as error:
+            return f"{type(error).__name__}: {error}"
+
+
+def lose_a_rank(addresses: list[str], job: str, store: str) -> str:
+    """The last rank ends in the middle of a forward."""
+    rank, world_size = join(store)
+    with trainer.connect(addresses, job=job, timeout=30) as connection:
+        model = seeded(Residual)
+        trainer.offload(model, connection, trainer.OffloadConfig(mode="group", param_persistence_threshold=0))
+        if rank == world_size - 1:
+            model.blocks[0].register_forward_hook(lambda *_: os._exit(0))
+        try:
+            for step in range(3):
+                loss_of(model, batch(step)).backward()
+            return "no error"
+        except trainer.ZeroPsError as error:
+            return f"{type(error).__name__}: {error}"
+
+
+def choose(addresses: list[str], job: str, store: str, modes: Sequence[str], world: bool = True) -> str:
+    """The mode that comes of what the ranks wish, or the error."""
+    rank = int(os.environ["RANK"])
+    if world:
+        join(store)
+    with trainer.connect(addresses, job=job, timeout=20) as connection:
+        model = seeded(Residual)
+        try:
+            trainer.offload(model, connection, trainer.OffloadConfig(mode=modes[rank]))
+            return trainer.report(model).mode
+        except trainer.ZeroPsError as error:
+            return f"{type(error).__name__}: {error}"

@@ -1,0 +1,96 @@
+"""Group mode: trainers that each pull and push a part get the same as trainers that move everything."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from ps import LocalCluster
+from tests.ranks import run_ranks, start_rank
+
+
+def run(function: str, cluster: LocalCluster, store: Path, ranks: int, **arguments):
+    return run_ranks(
+        f"trainer.group_runs:{function}", cluster.addresses, ranks, store=str(store / function), **arguments
+    )
+
+
+@pytest.mark.parametrize(
+    ("ranks", "options"),
+    [(2, {}), (3, {"param_dtype": "bfloat16"}), (2, {"limited": True})],
+    ids=["two", "three in bf16", "limited"],
+)
+def test_both_modes_give_the_same_bits(
+    cluster: LocalCluster, job_name: str, tmp_path: Path, ranks: int, options: dict[str, object]
+) -> None:
+    results = {}
+    for mode in ("direct", "group"):
+        folder = tmp_path / mode
+        folder.mkdir()
+        results[mode] = run("train", cluster, folder, ranks, job=f"{job_name}-{mode}", mode=mode, **options)
+        assert [result["mode"] for result in results[mode]] == [mode] * ranks
+    for direct, group in zip(results["direct"], results["group"], strict=True):
+        assert direct["losses"] == group["losses"]
+        for name, value in direct["params"].items():
+            assert torch.equal(value, group["params"][name]), name
+    if not options:
+        # What one trainer alone would pull is divided among them.
+        pulled = [sum(result["moved"][0] for result in results[mode]) for mode in ("direct", "group")]
+        assert pulled[1] == pytest.approx(pulled[0] / ranks, rel=0.1)
+
+
+def test_micro_batches_add_up(cluster: LocalCluster, job_name: str, tmp_path: Path) -> None:
+    """Ranks are added first and micro-batches then, where direct mode does it the other way round."""
+    results = {}
+    for mode in ("direct", "group"):
+        folder = tmp_path / mode
+        folder.mkdir()
+        results[mode] = run("train", cluster, folder, 2, job=f"{job_name}-{mode}", mode=mode, micro_batches=2)
+    for name, value in results["direct"][0]["params"].items():
+        torch.testing.assert_close(results["group"][0]["params"][name], value, rtol=1e-3, atol=1e-5)
+
+
+def test_ranks_on_different_ways_hear_of_it(cluster: LocalCluster, job_name: str, tmp_path: Path) -> None:
+    errors = run("take_different_ways", cluster, tmp_path, 2, job=job_name)
+    for error in errors:
+        assert error.startswith("ConfigError: the trainers took different ways: ")
+        assert "ways.0" in error and "ways.1" in error and "mode='direct'" in error
+
+
+def test_the_others_hear_of_a_rank_that_is_gone(cluster: LocalCluster, job_name: str, tmp_path: Path) -> None:
+    processes = [
+        start_rank(
+            "trainer.group_runs:lose_a_rank",
+            cluster.addresses,
+            rank,
+            2,
+            tmp_path / f"{rank}.pt",
+            store=str(tmp_path / "store"),
+            job=job_name,
+        )
+        for rank in range(2)
+    ]
+    for process in processes:
+        output, _ = process.communicate(timeout=60)
+        assert process.returncode == 0, output
+    error = torch.load(tmp_path / "0.pt")
+    assert error.startswith("TrainerLost: rank 0 cannot reach the other trainers to move '")
+
+
+@pytest.mark.parametrize(
+    ("modes", "world", "expected"),
+    [
+        (["auto", "auto"], True, "group"),
+        (["auto", "direct"], True, "direct"),
+        (["auto", "auto"], False, "direct"),
+        (["group", "group"], False, "ConfigError: .*torch.distributed is not initialised"),
+        (["group", "group"], True, "group"),
+    ],
+)
+def test_all_ranks_come_to_one_mode(
+    cluster: LocalCluster, job_name: str, tmp_path: Path, modes: list[str], world: bool, expected: str
+) -> None:
+    import re
+
+    found = run("choose", cluster, tmp_path, 2, job=job_name, modes=modes, world=world)
+    assert all(re.match(expected, mode) for mode in found), found
