@@ -199,7 +199,7 @@ def _values(chunk: Chunk, arrays: Mapping[str, StateArray]) -> ChunkState[ChunkV
     def value(part: Part, file: ChunkFile | None) -> ChunkValue:
         if file is not None and file.path.exists():
             return file
-        return part.tensor if part.file is None else ChunkFile(part.file)
+        return part.file or part.tensor
 
     weight = value(chunk.weight, stored.weight if stored else None)
     # What options of long ago left behind (momentum that was switched off) is not described.

@@ -216,8 +216,7 @@ class ChunkWriter:
         size = target.stat().st_size
         if size != array.chunk_bytes:
             raise DamagedError(f"{file.path} has {size} bytes, and chunk {chunk} of {array.path} {array.chunk_bytes}")
-        known = file.crc32c
-        disk.written[array][chunk] = checksum.of_file(target) if known is None else known
+        disk.written[array][chunk] = _checksum(file) if file.crc32c is None else file.crc32c
         handover.done()
         if not (linked and file.synced):
             self._sync(disk, [key])
@@ -232,6 +231,16 @@ class ChunkWriter:
 
     def _sync(self, disk: _Disk, keys: list[str]) -> None:
         self._syncing.append(self._syncers.submit(_sync_files, disk.folder, keys))
+
+
+def _checksum(file: ChunkFile) -> int:
+    try:
+        return checksum.of_file(file.path)
+    except OSError as error:
+        raise DamagedError(
+            f"cannot read {file.path}: {error.strerror or error}; what was committed before is untouched: check that "
+            "the disk is healthy, and start the trainers again, which go on from there"
+        ) from error
 
 
 def _sync_files(folder: Path, keys: list[str]) -> None:

@@ -16,10 +16,12 @@ _NO_LINKS = (errno.EXDEV, errno.EMLINK, errno.EPERM, errno.ENOTSUP, errno.EOPNOT
 
 
 def sync(path: Path | str) -> None:
-    """Waits until a file's bytes, or a folder's entries, are on the disk."""
+    """Waits until a file's bytes, or a folder's entries, are on the disk. An OSError names it."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         os.close(fd)
 

@@ -49,8 +49,8 @@ def disk_errors(what: str, folder: Path) -> Iterator[None]:
                 "untouched, so free some space and try again"
             ) from error
         raise StoreError(
-            f"cannot {what} in {folder}: {reason}; committed generations are untouched, so check that "
-            "the folder is writable and its disk healthy, and try again"
+            f"cannot {what} in {error.filename or folder}: {reason}; committed generations are untouched, so check "
+            "that the folder is writable and its disk healthy, and try again"
         ) from error
 
 

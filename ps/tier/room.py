@@ -282,7 +282,9 @@ class Room:
         """On a thread of its own, without the monitor. errors: None if the part is to leave memory."""
         error: StorageFailed | None = None
         try:
-            part.save()
+            # A commit needs the checksums of what it has saved. It counts those of what left memory before from
+            # the files: most of that changes again before there is a commit.
+            part.save(counted=errors is not None)
         except StorageFailed as failed:
             error = failed
         except Exception as failed:

@@ -13,6 +13,7 @@ import torch
 from protos import zero_ps_pb2 as pb
 from protos import zero_ps_pb2_grpc
 from ps import LocalCluster
+from ps.tools.verification import verify
 from tests.ps.client import Client, StreamError, error_of, start_job, to_bytes
 
 PARAMETERS = {f"w{number}": torch.full((256, 256), float(number)) for number in range(32)}
@@ -242,6 +243,7 @@ def test_spills_are_spread_over_the_disks_and_linked_on_each(small_disk: Path, t
         client.call("Commit", step=0)
         train_a_step(client)
         client.call("Commit", step=1)
+        assert verify(cluster.disks[0], all_steps=True).ok
         spilled = [weight_files(disk, "working") for disk in cluster.disks[0]]
         assert min(map(len, spilled)) > len(PARAMETERS) // 4
         cluster.kill(0)
