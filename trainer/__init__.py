@@ -24,6 +24,7 @@ from trainer.errors import (
     RequestRefused,
     ServerFailure,
     ServerFull,
+    StepHalfDone,
     TrainerLost,
     ZeroPsError,
 )
@@ -49,6 +50,7 @@ __all__ = [
     "RequestRefused",
     "ServerFailure",
     "ServerFull",
+    "StepHalfDone",
     "TrainerLost",
     "ZeroPsError",
     "clip_grad_norm_",

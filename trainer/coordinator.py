@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
+from trainer.announcement import Announcement
 from trainer.config import OffloadConfig
 from trainer.forecast import Forecast, module_order, signature
 from trainer.group import TrainerGroup
@@ -46,7 +47,12 @@ class Coordinator:
     """
 
     def __init__(
-        self, job: "Job", config: OffloadConfig, memory: MemoryPool, group: TrainerGroup | None = None
+        self,
+        job: "Job",
+        config: OffloadConfig,
+        memory: MemoryPool,
+        announcement: Announcement,
+        group: TrainerGroup | None = None,
     ) -> None:
         self.statistics = Statistics()
         self.pace = Pace()
@@ -56,6 +62,7 @@ class Coordinator:
         self.assigned = False
         self._job = job
         self._config = config
+        self._announcement = announcement
         self._group = group
         self._requests = Requests(job, self.pace, group)
         self._plan = PlanSender(job)
@@ -219,6 +226,7 @@ class Coordinator:
                 self._requests.hurry(state.request)
         missing = list(dict.fromkeys(s for s in states if s.version != version and s.request is None))
         if missing:
+            self._announcement.pulled(missing)
             evicted = self.residency.evicted
             self._make_room(missing, states, who)
             if self.residency.evicted != evicted:
@@ -308,6 +316,7 @@ class Coordinator:
                 return
             with self._plain_tensors():
                 bucket = self._next_bucket(bucket_elements, version)
+                self._announcement.pulled(bucket)
                 for together in small_ones_together(bucket):
                     self._submit(together, version, urgent=False)
             if not bucket:
@@ -331,6 +340,10 @@ class Coordinator:
                 if self._group is None and (state.active or state.aliased):
                     # In use at another version than this, by somebody who will have to wait for it.
                     break
+                if self._announcement.is_final(state):
+                    # Servers need not have this version any more.
+                    self._frontier += 1
+                    continue
                 if not state.resident_bytes and not self._room_ahead(state, keep):
                     break
                 self.residency.allocate(state)

@@ -37,6 +37,10 @@ class TrainerLost(ZeroPsError):
     """Another trainer of the job is gone, so what this one waited for will not come."""
 
 
+class StepHalfDone(ZeroPsError):
+    """A step that was announced broke off after some parameters may have been updated: go back to a commit."""
+
+
 class DeadlineExceeded(ZeroPsError, TimeoutError):
     """Something did not happen in time; the message names it."""
 

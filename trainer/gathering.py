@@ -33,6 +33,7 @@ def gathered(params: nn.Module | torch.Tensor | Iterable[torch.Tensor], *, modif
     groups = [(model, [state for state in states if state.model is model]) for model in models]
     for model, group in groups:
         if modify:
+            model.announcement.check_none("gathered(modify=True)")
             model.job.barrier("entering gathered(modify=True)")
         model.coordinator.fetch(group, "trainer.gathered", private=not modify)
     # Only when all are here: what failed for one model has to leave those of another as they were.

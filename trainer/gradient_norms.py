@@ -28,6 +28,7 @@ def gradient_norms(
     """
     job = model.job
     job.check()
+    model.announcement.check_none("taking the norm of gradients, as clipping does,")
     model.gradients.settle()
     job.transfer.flush()
     model.gradients.final = True

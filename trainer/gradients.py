@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from protos import zero_ps_pb2 as pb
+from trainer.announcement import Announcement
 from trainer.config import OffloadConfig
 from trainer.coordinator import Coordinator
 from trainer.errors import ConfigError, ReleasedParameterError
@@ -79,6 +80,7 @@ class Gradients:
         config: OffloadConfig,
         memory: MemoryPool,
         coordinator: Coordinator,
+        announcement: Announcement,
         group: TrainerGroup | None = None,
     ) -> None:
         # What the next step does to the averaged gradients first; see `trainer.clipping`.
@@ -94,6 +96,7 @@ class Gradients:
         self._memory = memory
         self._coordinator = coordinator
         self._group = group
+        self._announcement = announcement
         self._sent: dict[OffloadedParameter, None] = {}
         self._since_trim = 0
 
@@ -136,6 +139,8 @@ class Gradients:
                 "zero_grad() to begin anew"
             )
         assert state.remote is not None
+        # In group mode a gradient leaves in parts, and none of the trainers knows when the others' are there.
+        final = self._announcement.gradient_came(state, may_be_final=self._group is None)
         if gradient.is_sparse:
             gradient = gradient.to_dense()
         dtype = self._config.reduce_dtype or gradient.dtype
@@ -158,6 +163,7 @@ class Gradients:
                 PushKind.GRADIENT,
                 step=self._job.step,
                 sequence=state.contributions,
+                final=final,
                 on_sent=functools.partial(self._memory.give, block),
             )
         state.contributions += 1
@@ -212,6 +218,7 @@ class Gradients:
 
     def _forget(self, states: Sequence[OffloadedParameter], keep_zeros: bool = False) -> None:
         self._job.check()
+        self._announcement.check_none("dropping gradients, as zero_grad does,")
         self._job.transfer.flush()
         self._begin_anew()
         # No index means every parameter.
@@ -247,6 +254,7 @@ class Gradients:
     def stepped(self) -> None:
         """The next contribution is the first one of its step. What was sent stays until it is dropped."""
         self._begin_anew()
+        self._announcement.stepped()
         for state in self._sent:
             state.contributions = 0
 
@@ -270,6 +278,7 @@ class Gradients:
         self, states: Iterable[OffloadedParameter], *, scale: float | None = None, max_value: float | None = None
     ) -> None:
         """Has the next step change the averaged gradients first: multiply them, or clamp them."""
+        self._announcement.check_none("clipping or scaling gradients")
         indices = [state.remote.index for state in states if state.remote is not None]
         if scale is not None and not abs(scale) <= 1:
             self.known_finite.clear()

@@ -65,6 +65,8 @@ class Job:
         self.links = links
         self.transfer = Transfer(self)
         self.model: OffloadedModel | None = None
+        # Why no more steps can be made, if so.
+        self.broken: ZeroPsError | None = None
         self._session = session
         # The last commit, which may be under way.
         self.last_commit = Commit(0)
@@ -108,6 +110,7 @@ class Job:
             raise ConfigError(f"job {self.name!r} was opened with read_only=True and cannot commit")
         if self.model is None:
             raise ConfigError(f"job {self.name!r} has no model yet: call trainer.offload(model, job) before commit()")
+        self.model.announcement.check_none("commit()")
         text = _as_json(metadata or {})
         if len(text.encode()) > MAX_METADATA_BYTES:
             raise ConfigError(
@@ -203,6 +206,8 @@ class Job:
         """Raises when this trainer can no longer work on the job."""
         if self._closed:
             raise ConfigError(f"job {self.name!r} is closed; connect again")
+        if self.broken is not None:
+            raise self.broken
         self._session.check()
 
     def barrier(self, what: str, payload: bytes = b"", timeout: float | None = None) -> list[bytes]:

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from trainer import saved
+from trainer.announcement import Announcement
 from trainer.config import OffloadConfig
 from trainer.coordinator import Coordinator, in_backward
 from trainer.errors import ConfigError, ReleasedParameterError
@@ -108,8 +109,9 @@ class OffloadedModel:
         self.config = config
         self.memory = MemoryPool()
         self.group = open_group(job, config)
-        self.coordinator = Coordinator(job, config, self.memory, self.group)
-        self.gradients = Gradients(job, config, self.memory, self.coordinator, self.group)
+        self.announcement = Announcement(job)
+        self.coordinator = Coordinator(job, config, self.memory, self.announcement, self.group)
+        self.gradients = Gradients(job, config, self.memory, self.coordinator, self.announcement, self.group)
         # Autograd's tasks that gather parameters of this model, each within the one before it.
         self._backwards: list[int] = []
         # The optimizer that was made last; see `RemoteOptimizer.step`.
@@ -278,6 +280,7 @@ class OffloadedModel:
         """
         if self.in_pass():
             return False
+        self.announcement.check_none(f"assigning to parameter {state.name!r}")
         self.coordinator.discard(state)
         write_values(self.job, state, values)
         state.version = NOT_HERE

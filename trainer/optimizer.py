@@ -1,7 +1,8 @@
 """`trainer.RemoteOptimizer`: a torch optimizer whose arithmetic runs where the state is."""
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, overload
 
 import torch
@@ -62,6 +63,8 @@ class RemoteOptimizer(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group; its parameters have to be of the same offloaded model."""
+        if self._model is not None:
+            self._model.announcement.check_none("add_param_group()")
         super().add_param_group(param_group)
         for param in self.param_groups[-1]["params"]:
             state = offloaded(param)
@@ -128,14 +131,9 @@ class RemoteOptimizer(Optimizer):
                 "RemoteOptimizer.step() takes no closure: the update runs on the servers and cannot call back. Compute "
                 "the loss and its gradients before step()"
             )
-        job, model = self.job, self._owner
-        job.check()
-        job.last_commit.settle(block=False)
-        if model.optimizer != weakref.ref(self):
-            raise ConfigError(
-                f"another RemoteOptimizer was made for job {job.name!r} after this one; a job has one optimizer: use "
-                "param groups for parameters that are to be treated differently"
-            )
+        self._check_usable()
+        job, model, groups = self.job, self._owner, self._encoded_groups()
+        model.announcement.check_step(groups)
         model.between_passes()
         states = self.states()
         model.gradients.before_step(states)
@@ -150,7 +148,7 @@ class RemoteOptimizer(Optimizer):
             lambda server: pb.StepRequest(
                 session_id=server.session_id,
                 step=job.step,
-                groups=[pb.OptimizerGroup(options=self._options(group)) for group in self.param_groups],
+                groups=groups,
                 edits=model.gradients.edits,
             ),
             job.timeout,
@@ -161,6 +159,57 @@ class RemoteOptimizer(Optimizer):
         model.gradients.stepped()
         model.coordinator.stepped()
         return None
+
+    @contextmanager
+    def last_backward(self) -> Iterator[None]:
+        """Context of the backward that completes the step's gradients; `step` follows.
+
+        Servers then update parameters while this backward goes on for others, so that the next forward waits
+        less. It states on entering that the step uses the options that the groups have now, with gradients as
+        they come: until `step`, options may not change, and there can be no clipping, `zero_grad`, further
+        backward or commit, which raise ConfigError. Results are the same bit for bit. Trainers need not all
+        use it, but options have to be the same on all; nothing is updated before the last trainer's word.
+
+        Which gradients are final at once is learned: in the first such backward none is. If one fails after
+        that, the step is half done, and the job goes back to its last commit: StepHalfDone says so. A backward
+        that fails sooner can be repeated.
+        """
+        self._check_usable()
+        model = self._owner
+        if self.job.read_only:
+            raise ConfigError(f"job {self.job.name!r} was opened with read_only=True and cannot step")
+        if self._skip_nonfinite:
+            raise ConfigError(
+                "with skip_nonfinite=True servers look at all gradients before they use any, so that no update can "
+                "begin during backward; leave last_backward() away"
+            )
+        model.announcement.check_none("another last_backward()")
+        model.gradients.before_step(self.states())
+        if model.gradients.final or model.gradients.edits:
+            raise ConfigError(
+                "gradients were clipped or unscaled already, so no backward can come before step(); call zero_grad() "
+                "to begin anew"
+            )
+        model.announcement.begin(self._encoded_groups())
+        try:
+            yield
+        except BaseException as error:
+            model.announcement.break_off(error)
+            raise
+        if model.announcement.running:
+            model.announcement.end()
+
+    def _check_usable(self) -> None:
+        self.job.check()
+        self.job.last_commit.settle(block=False)
+        if self._owner.optimizer != weakref.ref(self):
+            raise ConfigError(
+                f"another RemoteOptimizer was made for job {self.job.name!r} after this one; a job has one optimizer: "
+                "use param groups for parameters that are to be treated differently"
+            )
+
+    def _encoded_groups(self) -> list[pb.OptimizerGroup]:
+        return [pb.OptimizerGroup(options=self._options(group)) for group in self.param_groups]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drops the gradients that were pushed, for the parameters of this optimizer.

@@ -146,6 +146,7 @@ class Transfer:
         *,
         step: int,
         sequence: int = 0,
+        final: bool = False,
         chunks: Iterable[int] | None = None,
         elements: tuple[int, int] | None = None,
         on_sent: Callable[[], None] | None = None,
@@ -183,6 +184,7 @@ class Transfer:
                     dtype=tensor.dtype,
                     sequence=sequence,
                     runs=None if elements is None else [part.run for part in parts],
+                    final=final,
                 )
             )
             future.add_done_callback(functools.partial(self._acknowledged, size, sending))

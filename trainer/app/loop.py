@@ -73,7 +73,9 @@ def train(settings: Settings) -> int:
                     context=settings.model.context,
                 )
                 loss = model(x.to(device), y.to(device))
-                loss.backward()
+                # Clipping takes the norm of all gradients, so with it no update can begin before backward has ended.
+                with optimizer.last_backward() if settings.clip is None else nullcontext():
+                    loss.backward()
                 if settings.clip is not None:
                     trainer.clip_grad_norm_(model.parameters(), settings.clip)
                 optimizer.step()

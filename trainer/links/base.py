@@ -54,6 +54,7 @@ class Push:
     sequence: for gradients, how many contributions of this trainer to these chunks came before in
         the step.
     runs: for gradients, the elements of each chunk that they are of; None for whole chunks.
+    final: for gradients, whether there are no more to these chunks in a step that was announced.
     """
 
     kind: PushKind
@@ -63,6 +64,7 @@ class Push:
     dtype: torch.dtype
     sequence: int = 0
     runs: Sequence[Run] | None = None
+    final: bool = False
 
 
 class Link(ABC):

@@ -233,6 +233,7 @@ class _PushStream(_Stream[tuple[int, Push], pb.PushResponse]):
                 dtype=dtypes.from_torch(push.dtype),
                 chunks=[pb.ChunkRef(parameter=p, chunk=c) for p, c in push.chunks],
                 sequence=push.sequence,
+                final=push.final,
                 chunk_bytes=[s.numel() for s in push.sources] if push.kind is PushKind.STAGED else (),
                 parts=_parts(push.runs),
             )

@@ -1,0 +1,188 @@
+"""The step that `optimizer.last_backward()` announces, and which gradients it may use before backward ends.
+
+Servers update a parameter as soon as its gradient is final on every trainer. That is more than to be whole:
+nothing in this backward may give it another gradient, as reentrant checkpoints do, and nothing may pull the
+parameter as it was before the step. What a backward does is known when it has ended. So a parameter's
+gradient is sent as final only if in every such backward so far it came exactly once and the parameter was
+not asked for after that; all others become final with `optimizer.step()`.
+"""
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from protos import zero_ps_pb2 as pb
+from protos.values import decode_options
+from trainer.errors import ConfigError, StepHalfDone, ZeroPsError
+from trainer.parameter import OffloadedParameter
+from trainer.server import call_all
+
+if TYPE_CHECKING:
+    from trainer.job import Job
+
+_REMEDY = "call optimizer.step() first"
+
+
+class Announcement:
+    """What the next step of one model will do, once that is announced.
+
+    running: whether the backward that completes the step's gradients is under way.
+    """
+
+    def __init__(self, job: "Job") -> None:
+        self.running = False
+        self._job = job
+        self._groups: Sequence[pb.OptimizerGroup] | None = None
+        # Parameters whose gradients were sent as final in this step.
+        self._final: set[OffloadedParameter] = set()
+        # How many gradients each parameter got in the running backward, and whether it was asked for after one.
+        self._came: dict[OffloadedParameter, int] = {}
+        self._needed: set[OffloadedParameter] = set()
+        # Whether each parameter was done with its first gradient in every such backward so far.
+        self._done_at_once: dict[OffloadedParameter, bool] = {}
+
+    @property
+    def made(self) -> bool:
+        """Whether the next step is announced."""
+        return self._groups is not None
+
+    def check_none(self, what: str) -> None:
+        """Raises ConfigError for what would change a step that is announced, or needs values from before it."""
+        if self.made:
+            raise ConfigError(
+                f"{what} between optimizer.last_backward() and optimizer.step() cannot work: servers may have updated "
+                f"some parameters already; {_REMEDY}, or do it before last_backward()"
+            )
+
+    # ------------------------------------------------------------ from announcement to step
+
+    def begin(self, groups: Sequence[pb.OptimizerGroup]) -> None:
+        """Announces a step with these options. Raises what servers have against it."""
+        self._groups = groups
+        try:
+            self._tell_servers()
+        except BaseException:
+            # Some may have taken it.
+            self._withdraw()
+            raise
+        self.running = True
+
+    def end(self) -> None:
+        """The backward is over: remembers what it did."""
+        self.running = False
+        for state, count in self._came.items():
+            at_once = count == 1 and state not in self._needed
+            self._done_at_once[state] = at_once and self._done_at_once.get(state, True)
+        self._forget_backward()
+
+    def break_off(self, error: BaseException) -> None:
+        """The backward failed. Takes the announcement back if nothing was final; else the job cannot go on."""
+        if not self.running:
+            return
+        self.running = False
+        self._forget_backward()
+        if not self._final:
+            self._withdraw()
+            return
+        self._job.broken = StepHalfDone(
+            f"step {self._job.step} of job {self._job.name!r} is half done: its last backward failed "
+            f"({type(error).__name__}: {error}) after servers got final gradients, so that some parameters may have "
+            "been updated and others not; close the job and connect again, which goes back to the last commit"
+        )
+
+    def check_step(self, groups: Sequence[pb.OptimizerGroup]) -> None:
+        """Raises ConfigError if the options of a step are not those that were announced."""
+        if self._groups is None:
+            return
+        for number, (announced, now) in enumerate(zip(self._groups, groups, strict=True)):
+            if announced != now:
+                name, before, after = _first_difference(decode_options(announced.options), decode_options(now.options))
+                raise ConfigError(
+                    f"option {name!r} of group {number} was {before} at optimizer.last_backward() and is {after} now. "
+                    "Servers may have used the former already; set it back, call step(), and change it for the next one"
+                )
+
+    def stepped(self) -> None:
+        """The servers have been asked for the step."""
+        if self.running:
+            self.end()
+        self._groups = None
+        self._final.clear()
+
+    def _forget_backward(self) -> None:
+        self._came.clear()
+        self._needed.clear()
+
+    def _withdraw(self) -> None:
+        # Servers that cannot be told have forgotten it, or say so to the next call.
+        with contextlib.suppress(ZeroPsError):
+            self._tell_servers(withdraw=True)
+        self._groups = None
+
+    def _tell_servers(self, *, withdraw: bool = False) -> None:
+        call_all(
+            self._job.servers,
+            "AnnounceStep",
+            lambda server: pb.AnnounceStepRequest(
+                session_id=server.session_id,
+                step=self._job.step,
+                groups=() if withdraw else self._groups,
+                withdraw=withdraw,
+            ),
+            self._job.timeout,
+        )
+
+    # ------------------------------------------------------------ during backward
+
+    def gradient_came(self, state: OffloadedParameter, *, may_be_final: bool) -> bool:
+        """A gradient is about to be sent; whether it is final.
+
+        Raises ConfigError for one that comes after the last backward, StepHalfDone for one that was not expected.
+        """
+        if not self.made:
+            return False
+        if not self.running:
+            self.check_none(f"a backward that gives parameter {state.name!r} a gradient")
+        if state in self._final:
+            self._done_at_once[state] = False
+            raise StepHalfDone(
+                f"parameter {state.name!r} got another gradient in this backward after one that was sent as final: it "
+                f"got one in every optimizer.last_backward() before. {self._half_done()}"
+            )
+        self._came[state] = self._came.get(state, 0) + 1
+        # As long as a graph needs the parameter it may be pulled once more.
+        if may_be_final and self._done_at_once.get(state) and not state.saved and state.request is None:
+            self._final.add(state)
+            return True
+        return False
+
+    def is_final(self, state: OffloadedParameter) -> bool:
+        """Whether the parameter may be past this step's version on the servers."""
+        return state in self._final
+
+    def pulled(self, states: Sequence[OffloadedParameter]) -> None:
+        """Parameters are about to be asked for at the job's step. Raises if that may not exist any more."""
+        if not self.made:
+            return
+        for state in states:
+            if state in self._final:
+                if not self.running:
+                    self.check_none(f"using parameter {state.name!r}")
+                self._done_at_once[state] = False
+                raise StepHalfDone(
+                    f"parameter {state.name!r} is needed in this backward after its gradient was sent as final: it was "
+                    f"not in any optimizer.last_backward() before. {self._half_done()}"
+                )
+            if state in self._came:
+                self._needed.add(state)
+
+    def _half_done(self) -> str:
+        return (
+            "The step cannot be completed: close the job and connect again, which goes back to the last commit, and "
+            "use a plain backward() where gradients come in other ways from step to step"
+        )
+
+
+def _first_difference(ours: Mapping[str, object], theirs: Mapping[str, object]) -> tuple[str, object, object]:
+    name = next(name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name))
+    return name, ours.get(name), theirs.get(name)
