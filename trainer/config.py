@@ -31,6 +31,9 @@ class OffloadConfig:
     leaf_modules: submodules that are gathered and released as one unit, with everything below them: classes,
         or fully qualified names. For subtrees whose parts run too often or too irregularly to be hooked
         one by one, as the experts of a mixture.
+    sparse_rows: which `nn.Embedding`s gather only the rows that their inputs name, and send only those rows of
+        their gradients: True for all, or classes and fully qualified names. For tables that are large beside
+        a batch. The optimizer does what it does with a dense gradient that is zero in the other rows.
     module_granularity_threshold: subtrees with at most this many elements are such units too. Gathers small
         modules together; 0 hooks every module.
     param_dtype: dtype in which parameters are gathered and computed with; None keeps the model's own.
@@ -54,6 +57,7 @@ class OffloadConfig:
     prefetch_bucket_size: int = 4_000_000
     max_reuse_distance: int = 1_000_000_000
     leaf_modules: tuple[type[nn.Module] | str, ...] = ()
+    sparse_rows: bool | tuple[type[nn.Module] | str, ...] = False
     module_granularity_threshold: int = 0
     param_dtype: torch.dtype | None = None
     reduce_dtype: torch.dtype | None = None
@@ -79,9 +83,11 @@ class OffloadConfig:
             raise ConfigError(f"OffloadConfig.max_live_bytes has to be a whole number of bytes or None, not {limit!r}")
         if self.mode not in ("auto", "group", "direct"):
             raise ConfigError(f"OffloadConfig.mode has to be 'auto', 'group' or 'direct', not {self.mode!r}")
-        for leaf in self.leaf_modules:
-            if not isinstance(leaf, str) and not (isinstance(leaf, type) and issubclass(leaf, nn.Module)):
-                raise ConfigError(f"OffloadConfig.leaf_modules takes classes of modules and names, not {leaf!r}")
+        for name in ("leaf_modules", "sparse_rows"):
+            chosen = getattr(self, name)
+            for each in () if isinstance(chosen, bool) else chosen:
+                if not isinstance(each, str) and not (isinstance(each, type) and issubclass(each, nn.Module)):
+                    raise ConfigError(f"OffloadConfig.{name} takes classes of modules and names, not {each!r}")
         for name in ("param_dtype", "reduce_dtype"):
             dtype = getattr(self, name)
             if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):

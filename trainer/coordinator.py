@@ -191,10 +191,7 @@ class Coordinator:
         # First: among what backward is done with may be something that is wanted now.
         self.release_unsaved()
         self._job.check()
-        if self.assigned:
-            self._job.transfer.flush()
-            self._job.barrier("values assigned to released parameters")
-            self.assigned = False
+        self.pass_assignments()
         began = time.perf_counter()
         with self._plain_tensors(), self._profiled(who):
             self._gather(states, version, who)
@@ -202,6 +199,13 @@ class Coordinator:
         self.statistics.stalled(who, self._served_at - began)
         if self.timeline is not None:
             self.timeline.waited(who, began, self._served_at)
+
+    def pass_assignments(self) -> None:
+        """Before a pull: waits until every rank is past its assignments to released parameters."""
+        if self.assigned:
+            self._job.transfer.flush()
+            self._job.barrier("values assigned to released parameters")
+            self.assigned = False
 
     def _note_uses(self, states: Sequence[OffloadedParameter], version: int, who: str) -> None:
         gap = time.perf_counter() - self._served_at

@@ -230,4 +230,4 @@ def signature(value: Any) -> Hashable:
 def module_order(module: nn.Module) -> list[OffloadedParameter]:
     """The parameters below a module in the order in which its submodules were registered."""
     params = (param for child in module.modules() for param in child._parameters.values() if param is not None)
-    return [state for param in params if (state := offloaded(param)) is not None]
+    return [state for param in params if (state := offloaded(param)) is not None and not state.by_rows]

@@ -23,6 +23,7 @@ from trainer.links import PushKind
 from trainer.memory import MemoryPool, empty_of, trim_heap
 from trainer.parameter import OffloadedParameter
 from trainer.released import CONVERSIONS, METADATA, SET_DATA
+from trainer.selection import Part, elements, rows
 from trainer.server import call_all
 
 _TRIM_BYTES = 64 << 20
@@ -141,21 +142,27 @@ class Gradients:
         assert state.remote is not None
         # In group mode a gradient leaves in parts, and none of the trainers knows when the others' are there.
         final = self._announcement.gradient_came(state, may_be_final=self._group is None)
-        if gradient.is_sparse:
-            gradient = gradient.to_dense()
         dtype = self._config.reduce_dtype or gradient.dtype
-        elements = gradient.numel()
-        if self._group is not None:
-            elements = self._group.size * self._group.part_elements(elements)
-        nbytes = elements * dtype.itemsize
+        parts: tuple[Part, ...] | None = None
+        if gradient.is_sparse:
+            gradient = gradient.coalesce()
+            # Also to chunks that have none of the rows: the gradient is zero there, and not missing.
+            parts = tuple(rows(state.remote.grid, gradient.indices()[0].cpu()))
+            gradient = gradient.values()
+        count = gradient.numel()
+        # Each rank has other rows, so there is no part of them for each to move.
+        group = self._group if parts is None else None
+        if group is not None:
+            count = group.size * group.part_elements(count)
+        nbytes = count * dtype.itemsize
         self._job.transfer.reserve(nbytes, self._config.max_inflight_push_bytes)
         # A copy, in memory that is used again: autograd's own block goes back to the allocator at once.
         block = self._memory.take(nbytes)
         leaving = torch.empty(0, dtype=dtype).set_(block)
         leaving[: gradient.numel()].view(gradient.shape).copy_(gradient)
-        if self._group is not None:
+        if group is not None:
             leaving[gradient.numel() :].zero_()
-            self._reduce_scatter(self._group, state, leaving, block)
+            self._reduce_scatter(group, state, leaving, block)
         else:
             self._job.transfer.push(
                 state.remote,
@@ -164,6 +171,7 @@ class Gradients:
                 step=self._job.step,
                 sequence=state.contributions,
                 final=final,
+                parts=parts,
                 on_sent=functools.partial(self._memory.give, block),
             )
         state.contributions += 1
@@ -189,7 +197,7 @@ class Gradients:
                         PushKind.GRADIENT,
                         step=step,
                         sequence=sequence,
-                        elements=part,
+                        parts=tuple(elements(remote.grid, *part, origin=part[0])),
                     )
             except Exception as failure:
                 error = failure

@@ -147,7 +147,8 @@ class Unit:
                 continue
             state = offloaded(param)
             if state is not None:
-                states.append(state)
+                if not state.by_rows:
+                    states.append(state)
             elif param.numel():
                 raise self._not_offloaded(param)
         frame.use(states)

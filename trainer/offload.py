@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from trainer import saved
+from trainer import saved, sparse_rows
 from trainer.announcement import Announcement
 from trainer.config import OffloadConfig
 from trainer.coordinator import Coordinator, in_backward
@@ -118,13 +118,17 @@ class OffloadedModel:
         self.optimizer: weakref.ref[RemoteOptimizer] | None = None
         # Whatever may be wrong with the settings comes out before anything has changed.
         units = list(choose_units(model, config))
-        largest = self._check_units(units, device)
+        tables = [module for _, module in sparse_rows.choose(model, config)]
+        largest = self._check_units(units, {id(module.weight) for module in tables}, device)
         remotes = open_job(model, job)
         self.states: list[OffloadedParameter] = []
         for name, param in model.named_parameters():
             self._take(name, param, remotes[name], device)
         self._buffers = [(_materialised(model, name, device), remotes[name]) for name, _ in persistent_buffers(model)]
         self._move_buffers(model, device)
+        self._lookups = [
+            sparse_rows.RowLookup(module, state) for module in tables if (state := offloaded(module.weight)) is not None
+        ]
         self._choose_persistent(*largest)
         self._read_buffers()
         self.units = [Unit(module, name, self, leaf) for name, module, leaf in units]
@@ -169,16 +173,19 @@ class OffloadedModel:
                     module._buffers[name] = buffer.to(device)
 
     def _check_units(
-        self, units: Sequence[tuple[str, nn.Module, bool]], device: torch.device | None
+        self, units: Sequence[tuple[str, nn.Module, bool]], by_rows: set[int], device: torch.device | None
     ) -> tuple[int, int]:
-        """The most bytes and the most elements that a unit has.
+        """The most bytes and the most elements that a unit has to gather.
 
+        by_rows: ids of parameters that are never whole.
         Raises OutOfBudget for a unit that alone exceeds a limit.
         """
         most_bytes, most_elements = 0, 0
         for name, module, leaf in units:
             # What never runs, as a list of parameters, is never gathered at once.
-            params = [p for p in module.parameters(recurse=leaf) if runs(module) and not is_lazy(p)]
+            params = [
+                p for p in module.parameters(recurse=leaf) if runs(module) and not is_lazy(p) and id(p) not in by_rows
+            ]
             nbytes = sum(cost_of(p.numel() * self._dtype(p).itemsize, _device(p, device)) for p in params)
             elements = sum(p.numel() for p in params)
             self.coordinator.residency.check(nbytes, elements, name)
@@ -198,6 +205,8 @@ class OffloadedModel:
         left_bytes = (residency.max_bytes - 2 * unit_bytes) / 2
         left = min(self.config.model_persistence_threshold, (residency.max_elements - 2 * unit_elements) / 2)
         for state in sorted(self.states, key=lambda state: state.numel):
+            if state.by_rows:
+                continue
             if state.numel >= self.config.param_persistence_threshold or state.numel > left or cost(state) > left_bytes:
                 break
             state.persistent = True
@@ -210,6 +219,8 @@ class OffloadedModel:
         self.coordinator.sweep()
         for unit in self.units:
             unit.remove()
+        for lookup in self._lookups:
+            lookup.remove()
         self.coordinator.fetch_for_good(self.states)
         for state in self.states:
             saved.unregister(state)

@@ -60,6 +60,7 @@ class OffloadedParameter:
         parameter is of its plain class and stays.
     saved: how many nodes of autograd graphs will need the parameter again.
     persistent: stays gathered between uses.
+    by_rows: its module gathers the rows that it needs by itself.
     guarded_aliases: how many tensors share the storage whose every use is caught.
     contributions: gradients that were pushed in the running step.
     edition: how often the values were replaced otherwise than by a step, and a fingerprint of the latest.
@@ -75,6 +76,7 @@ class OffloadedParameter:
         self.active = 0
         self.saved = 0
         self.persistent = False
+        self.by_rows = False
         self.contributions = 0
         self.edition: tuple[int, tuple[int, ...]] = (0, ())
         self.guarded_aliases = 0

@@ -17,6 +17,7 @@ from trainer.job import Job
 from trainer.landing import Landing, landing
 from trainer.pace import Pace
 from trainer.parameter import OffloadedParameter
+from trainer.selection import elements
 from trainer.transfer import GRACE_SECONDS, Destination
 
 WINDOW_BYTES = 16 << 20
@@ -62,14 +63,14 @@ class Request:
         for state, place in zip(self.states, self.landings, strict=True):
             assert state.remote is not None
             first, end = (0, state.numel) if self.group is None else self.group.part(state.numel)
-            itemsize = state.dtype.itemsize
+            grid, itemsize = state.remote.grid, state.dtype.itemsize
             if len(self.states) > 1 or (end - first) * itemsize <= _PIECE_BYTES:
-                elements = None if self.group is None else (first, end)
-                together.append(Destination(state.remote, place.buffer, state.dtype, elements))
+                parts = None if self.group is None else tuple(elements(grid, first, end))
+                together.append(Destination(state.remote, place.buffer, state.dtype, parts))
                 size += (end - first) * itemsize
                 continue
-            for start, stop in _pieces(first, end, state.remote.grid.chunk_elements(0), itemsize):
-                destination = Destination(state.remote, place.buffer, state.dtype, (start, stop))
+            for start, stop in _pieces(first, end, grid.chunk_elements(0), itemsize):
+                destination = Destination(state.remote, place.buffer, state.dtype, tuple(elements(grid, start, stop)))
                 yield [destination], (stop - start) * itemsize
         if size:
             yield together, size

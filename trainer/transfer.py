@@ -3,7 +3,7 @@
 import functools
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -13,6 +13,7 @@ import torch
 from protos.layout import ChunkGrid
 from trainer.errors import DeadlineExceeded
 from trainer.links import Pull, Push, PushKind, Run
+from trainer.selection import Part, everything
 
 if TYPE_CHECKING:
     from trainer.job import Job
@@ -37,20 +38,23 @@ class RemoteParameter:
     shards: tuple[int, ...]
     staged: bool = False
 
+    def on(self, shard: int, parts: Iterable[Part] | None = None) -> Iterator[Part]:
+        """Those of some parts, or of all of the parameter, that a shard holds."""
+        return (p for p in (everything(self.grid) if parts is None else parts) if self.shards[p.chunk] == shard)
+
 
 @dataclass(frozen=True)
 class Destination:
     """A parameter to pull and where its bytes go.
 
-    buffer: 1-d uint8 CPU tensor of the whole parameter in `dtype`.
-    elements: of the flattened parameter, the first one and the one after the last, to pull only a part, to
-        where it is in the buffer; None for all.
+    buffer: 1-d uint8 CPU tensor, in `dtype`: of the whole parameter, or what `parts` say.
+    parts: to pull only these; None for all.
     """
 
     remote: RemoteParameter
     buffer: torch.Tensor
     dtype: torch.dtype
-    elements: tuple[int, int] | None = None
+    parts: Sequence[Part] | None = None
 
 
 class Arrival:
@@ -115,13 +119,15 @@ class Transfer:
             for shard, link in enumerate(self._job.links):
                 chunks: list[tuple[int, int]] = []
                 buffers: list[torch.Tensor] = []
-                runs: list[Run] = []
+                runs: list[Sequence[Run]] = []
                 for destination in group:
-                    for part in _parts(destination.remote, destination.dtype, shard, destination.elements):
+                    for part in destination.remote.on(shard, destination.parts):
+                        if not part.runs:
+                            continue
                         chunks.append((destination.remote.index, part.chunk))
-                        buffers.append(part.of(destination.buffer))
-                        runs.append(part.run)
-                        nbytes += part.nbytes
+                        buffers.append(_bytes_of(part, destination.buffer, dtype))
+                        runs.append(part.runs)
+                        nbytes += buffers[-1].numel()
                 if chunks:
                     pull = Pull(
                         version=version,
@@ -130,7 +136,7 @@ class Transfer:
                         dtype=dtype,
                         timeout=self._job.timeout,
                         staged=group[0].remote.staged,
-                        runs=runs if any(destination.elements for destination in group) else None,
+                        runs=runs if any(destination.parts is not None for destination in group) else None,
                     )
                     futures.append(link.pull(pull))
         with self._lock:
@@ -148,14 +154,14 @@ class Transfer:
         sequence: int = 0,
         final: bool = False,
         chunks: Iterable[int] | None = None,
-        elements: tuple[int, int] | None = None,
+        parts: Sequence[Part] | None = None,
         on_sent: Callable[[], None] | None = None,
     ) -> None:
         """Sends a whole parameter, or some of its chunks, without waiting for the acknowledgement.
 
-        tensor: contiguous CPU tensor of the parameter's shape, not to be changed before `flush`.
-        elements: of a gradient, those of the flattened parameter that the tensor is of, the first one and the
-            one after the last; None for all.
+        tensor: contiguous CPU tensor of the parameter's shape, or what `parts` say; not to be changed before
+            `flush`.
+        parts: of a gradient, what the tensor is of; None for all.
         on_sent: called, from any thread, when every server has acknowledged its part.
         """
         self.check()
@@ -163,27 +169,26 @@ class Transfer:
         wanted = None if chunks is None else set(chunks)
         pushes = []
         for shard in range(len(self._job.links)):
-            parts = [
-                part for part in _parts(remote, tensor.dtype, shard, elements) if wanted is None or part.chunk in wanted
-            ]
-            if parts:
-                pushes.append((shard, parts))
-        origin = elements[0] * tensor.itemsize if elements is not None else 0
+            here = [part for part in remote.on(shard, parts) if wanted is None or part.chunk in wanted]
+            if here:
+                pushes.append((shard, here))
         sending = _Sending(len(pushes), on_sent)
-        for shard, parts in pushes:
-            size = sum(part.nbytes for part in parts)
+        for shard, here in pushes:
+            size = sum(part.count for part in here) * tensor.itemsize
             with self._lock:
-                self._inflight_bytes += size
                 self._job.stats.bytes_pushed += size
+                # That a gradient is zero has to arrive, too, though it has no bytes.
+                size = max(1, size)
+                self._inflight_bytes += size
             future = self._job.links[shard].push(
                 Push(
                     kind=kind,
                     step=step,
-                    chunks=[(remote.index, part.chunk) for part in parts],
-                    sources=[part.of(data, origin) for part in parts],
+                    chunks=[(remote.index, part.chunk) for part in here],
+                    sources=[_bytes_of(part, data, tensor.dtype) for part in here],
                     dtype=tensor.dtype,
                     sequence=sequence,
-                    runs=None if elements is None else [part.run for part in parts],
+                    runs=None if parts is None else [part.runs for part in here],
                     final=final,
                 )
             )
@@ -243,34 +248,5 @@ class _Sending:
     on_sent: Callable[[], None] | None
 
 
-@dataclass(frozen=True)
-class _Part:
-    """What of a parameter is moved to or from one chunk.
-
-    run: in elements of the chunk. start, nbytes: in the parameter's bytes.
-    """
-
-    chunk: int
-    run: Run
-    start: int
-    nbytes: int
-
-    def of(self, data: torch.Tensor, origin: int = 0) -> torch.Tensor:
-        """The part's bytes of the parameter's; origin: with which of them `data` begins."""
-        return data.narrow(0, self.start - origin, self.nbytes)
-
-
-def _parts(
-    remote: RemoteParameter, dtype: torch.dtype, shard: int, elements: tuple[int, int] | None
-) -> Iterable[_Part]:
-    """What a shard holds of a parameter, or of some of its elements."""
-    grid = remote.grid
-    first, end = (0, grid.rows * grid.row_elements) if elements is None else elements
-    chunk_elements = max(1, grid.chunk_rows * grid.row_elements)
-    if first == end:
-        return
-    for chunk in range(first // chunk_elements, -(-end // chunk_elements)):
-        if remote.shards[chunk] == shard:
-            begin, stop = grid.element_range(chunk)
-            low, high = max(begin, first), min(stop, end)
-            yield _Part(chunk, (low - begin, high - begin), low * dtype.itemsize, (high - low) * dtype.itemsize)
+def _bytes_of(part: Part, data: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return data.narrow(0, part.start * dtype.itemsize, part.count * dtype.itemsize)

@@ -34,7 +34,7 @@ class Pull:
         may be written at any time until the pull's future is done, also when it ends with an error.
     dtype: on the wire; None means as stored.
     timeout: seconds that the server may wait for the version.
-    runs: for each chunk the elements that are wanted; None for whole chunks.
+    runs: for each chunk the elements that are wanted, ascending and apart; None for whole chunks.
     """
 
     version: int
@@ -43,7 +43,7 @@ class Pull:
     dtype: torch.dtype | None
     timeout: float
     staged: bool = False
-    runs: Sequence[Run] | None = None
+    runs: Sequence[Sequence[Run]] | None = None
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Push:
     sources: Sequence[torch.Tensor]
     dtype: torch.dtype
     sequence: int = 0
-    runs: Sequence[Run] | None = None
+    runs: Sequence[Sequence[Run]] | None = None
     final: bool = False
 
 

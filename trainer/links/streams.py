@@ -261,5 +261,8 @@ class _PushStream(_Stream[tuple[int, Push], pb.PushResponse]):
         return futures
 
 
-def _parts(runs: Sequence[Run] | None) -> list[pb.Runs]:
-    return [pb.Runs(starts=[start], counts=[stop - start]) for start, stop in runs or ()]
+def _parts(runs: Sequence[Sequence[Run]] | None) -> list[pb.Runs]:
+    return [
+        pb.Runs(starts=[start for start, _ in some], counts=[stop - start for start, stop in some])
+        for some in runs or ()
+    ]
