@@ -2,7 +2,8 @@
 
 A trainer trains and commits, every other time without waiting, until a server is killed under it. Each time the
 newest commits have to pass `verify`, the run goes on from no earlier commit than the last that was known to be
-done, and every loss has to be that of an undisturbed run, bit for bit.
+done, and every loss has to be that of an undisturbed run, bit for bit. Half of the kills are of servers whose memory
+is limited.
 """
 
 import argparse
@@ -31,8 +32,9 @@ LONGEST_SECONDS = 1.5
 class Undisturbed:
     """The same run in plain torch, as far as it is asked for."""
 
-    def __init__(self) -> None:
-        self._model = seeded(model)
+    def __init__(self, make: Callable[[], torch.nn.Module]) -> None:
+        self.make = make
+        self._model = seeded(make)
         self._optimizer = torch.optim.AdamW(self._model.parameters(), lr=1e-3, fused=True)
         self._losses: list[float] = []
 
@@ -51,17 +53,30 @@ class Outcome:
     committed: int = -1
 
 
-def model() -> torch.nn.Module:
+def wide() -> torch.nn.Module:
     """Some megabytes on each server, in several chunks."""
     return Residual(vocabulary=1501, width=500, layers=1)
 
 
-def soak(kills: int, seed: int, root: Path, *, disks: int = 1, say: Callable[[str], None] = print) -> Outcome:
-    """Raises AssertionError for whatever is not as it has to be."""
+def deep() -> torch.nn.Module:
+    """With optimizer state and gradients 27 MB on each server, in chunks of a megabyte at most."""
+    return Residual(vocabulary=701, width=256, layers=6)
+
+
+def soak(
+    kills: int,
+    seed: int,
+    root: Path,
+    *,
+    disks: int = 1,
+    memory: str | None = None,
+    say: Callable[[str], None] = print,
+) -> Outcome:
+    """Raises AssertionError for whatever is not as it has to be. memory: of each server; None for no limit."""
     instants = random.Random(seed)
-    undisturbed, outcome = Undisturbed(), Outcome()
+    undisturbed, outcome = Undisturbed(deep if memory else wide), Outcome()
     roots = [root / f"disk-{disk}" for disk in range(disks)]
-    with LocalCluster(SERVERS, data_dir=roots, keep=3, lease=5) as cluster:
+    with LocalCluster(SERVERS, data_dir=roots, memory=memory, keep=3, lease=5) as cluster:
         while outcome.kills < kills:
             victims = [instants.randrange(SERVERS)] if instants.random() < 0.7 else list(range(SERVERS))
             after = instants.uniform(0.0, LONGEST_SECONDS)
@@ -119,7 +134,7 @@ def _steps(
     ready: threading.Event | None = None,
 ) -> None:
     with job.init():
-        built = seeded(model)
+        built = seeded(undisturbed.make)
     trainer.offload(built, job)
     optimizer = trainer.RemoteOptimizer(built.parameters(), torch.optim.AdamW, lr=1e-3)
     pending: trainer.Commit | None = None
@@ -160,15 +175,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=None, help="of the instants (default: one of its own)")
     parser.add_argument("--disks", type=int, default=2, help="data folders of each server (default: %(default)s)")
+    parser.add_argument("--memory", default="10MiB", help="of servers in the second half (default: %(default)s)")
     options = parser.parse_args(arguments)
     seed = random.SystemRandom().randrange(1 << 32) if options.seed is None else options.seed
     print(f"soak: {options.kills} kills, --seed {seed}", flush=True)
     torch.set_num_threads(1)
     began = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="zero-ps-soak-") as root:
-        outcome = soak(options.kills, seed, Path(root), disks=options.disks)
+    done = steps = 0
+    for kills, memory in ((options.kills // 2, None), (options.kills - options.kills // 2, options.memory)):
+        print(f"soak: {kills} kills of servers with {memory or 'no limit'} of memory", flush=True)
+        with tempfile.TemporaryDirectory(prefix="zero-ps-soak-") as root:
+            outcome = soak(kills, seed, Path(root), disks=options.disks, memory=memory)
+        done, steps = done + outcome.kills, steps + outcome.steps
     seconds = time.monotonic() - began
-    print(f"soak: {outcome.kills} kills and {outcome.steps} steps in {seconds:.0f} s, and all is as it has to be")
+    print(f"soak: {done} kills and {steps} steps in {seconds:.0f} s, and all is as it has to be")
     return 0
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from protos.names import check_id, check_job_name, check_tag
-from ps.store import attributes, durable, generation_folders, shard_file
+from ps.store import attributes, durable, generation_folders, shard_file, tags
 from ps.store.arrays import METADATA_FILE, all_arrays, check_names, group_metadata
 from ps.store.chunk_reader import ChunkReader
 from ps.store.chunk_writer import ChunkWriter
@@ -32,8 +32,6 @@ WRITE_THREADS = 4
 
 SYNC_THREADS = 16
 """Threads that sync. They wait for the disk, and 16 beat 8 and 4."""
-
-TAG_PREFIX = "tag-"
 
 _log = logging.getLogger(__name__)
 
@@ -120,7 +118,7 @@ class JobStore:
             where the disk allows, else copied.
         taken: called from any thread with each chunk whose tensors may change, and whose files may go, from
             then on. Until then they must not: large tensors are written without a copy.
-        tag: see `tags`; "" for none.
+        tag: keeps it whatever `prune` is told; "" for none.
         state_arrays: what the optimizer class keeps, by name, the same on every server.
 
         A generation of this commit that exists already is left as it is. One of another commit of this
@@ -151,7 +149,7 @@ class JobStore:
                 for temporary in temporaries:
                     temporary.mkdir(mode=durable.FOLDER_MODE)
                     if tag:
-                        durable.write_file(temporary / _tag_file(tag), b"")
+                        tags.write(temporary, tag)
                 written_bytes = self._write_into(temporaries, header, chunks, dict(state_arrays), taken)
                 path = self._disks.place(temporaries, step)
             except BaseException as error:
@@ -164,20 +162,16 @@ class JobStore:
         return Written(header.key, path, written_bytes)
 
     def tags(self) -> dict[str, CommitKey]:
-        """The tags and the commit that each keeps until it is taken away: the newest that was given it.
-
-        A tag is an empty file `tag-<name>` in a generation's folder.
-        """
-        return {tag: self._key(generation) for tag, generation in self._tagged().items()}
+        """The tags and the commit that each keeps until it is taken away: the newest that was given it."""
+        return {tag: self._key(generation) for tag, generation in tags.holders(self._disks).items()}
 
     def tag(self, key: CommitKey, tag: str) -> None:
         """Tags a generation. Raises ValueError, GenerationMissingError and other StoreErrors."""
         check_tag(tag)
         with disk_errors(f"tag {key} of job {self._job!r}", self._folder):
             for part in self._find(key.step, key.commit_id).parts:
-                if not (part / _tag_file(tag)).exists():
-                    durable.write_file(part / _tag_file(tag), b"")
-                    durable.sync(part)
+                tags.write(part, tag)
+                durable.sync(part)
 
     def untag(self, tag: str) -> list[CommitKey]:
         """Takes a tag away from all generations that have it, and returns them.
@@ -185,10 +179,11 @@ class JobStore:
         What nothing else keeps goes: now what was abandoned, with the next commit what is in place.
         """
         check_tag(tag)
-        tagged = [g for g in (*self._disks.find(), *self._disks.abandoned()) if tag in _tags_of(g)]
+        tagged = [g for g in (*self._disks.find(), *self._disks.abandoned()) if tag in tags.of(g)]
         keys = [self._key(generation) for generation in tagged]
-        for generation in tagged:
-            self._untag(generation, tag)
+        with disk_errors(f"take tag {tag!r} away from job {self._job!r}", self._folder):
+            for generation in tagged:
+                tags.take_away(self._disks, generation, tag)
         return keys
 
     def prune(self, *, keep: int, complete: CommitKey, current: CommitKey) -> list[CommitKey]:
@@ -214,10 +209,11 @@ class JobStore:
             replaced = generation.step == complete.step or generation.number is not None
             return replaced or generation.step not in kept_steps
 
-        self._settle_tags(complete.step)
+        with disk_errors(f"take tags away from job {self._job!r}", self._folder):
+            tags.settle(self._disks, complete.step)
         doomed = [generation for generation in generations if superseded(generation)]
         # What a tag keeps stays where it is, if it is of this run.
-        kept = [g for g in doomed if _tags_of(g) and g.number is None and g.step < complete.step]
+        kept = [g for g in doomed if tags.of(g) and g.number is None and g.step < complete.step]
         doomed = [generation for generation in doomed if generation not in kept]
         self._delete(doomed)
         with disk_errors(f"clean up job {self._job!r}", self._folder):
@@ -302,31 +298,6 @@ class JobStore:
             f"{self._shard}/{self._num_shards}; name all --data-dir of this server, or {self._remedy(generation)}"
         )
 
-    def _tagged(self) -> dict[str, Generation]:
-        """By tag, the generation that it keeps. What is in place counts for more than what was abandoned."""
-        tagged: dict[str, Generation] = {}
-        for generation in (*self._disks.abandoned(), *self._disks.find()):
-            for tag in _tags_of(generation):
-                tagged[tag] = generation
-        return tagged
-
-    def _settle_tags(self, step: int) -> None:
-        """Takes tags away that a later generation got, up to the step of one that all servers have."""
-        candidates = [*self._disks.abandoned(), *(g for g in self._disks.find() if g.step <= step)]
-        holder = {tag: generation for generation in candidates for tag in _tags_of(generation)}
-        for generation in candidates:
-            for tag in _tags_of(generation):
-                if holder[tag] != generation:
-                    self._untag(generation, tag)
-
-    def _untag(self, generation: Generation, tag: str) -> None:
-        with disk_errors(f"take tag {tag!r} away from step {generation.step} of job {self._job!r}", self._folder):
-            for part in generation.parts:
-                (part / _tag_file(tag)).unlink(missing_ok=True)
-                durable.sync(part)
-            if generation in self._disks.abandoned() and not _tags_of(generation):
-                self._disks.remove([generation])
-
     def _find(self, step: int, commit_id: str | None) -> Generation:
         for generation in reversed(self._disks.find()):
             if generation.step == step and commit_id in (None, self._key(generation).commit_id):
@@ -366,7 +337,7 @@ class JobStore:
         """Deletes what no tag keeps, and sets aside the rest."""
         with disk_errors(f"delete generations of job {self._job!r}", self._folder):
             for generation in generations:
-                if _tags_of(generation):
+                if tags.of(generation):
                     self._disks.abandon(generation)
                 else:
                     self._disks.remove([generation])
@@ -383,16 +354,6 @@ def _key_of(folder: Path) -> CommitKey | None:
         return attributes.decode_key(Fields.of_file(folder / METADATA_FILE, ""))
     except StoreError:
         return None
-
-
-def _tag_file(tag: str) -> str:
-    return f"{TAG_PREFIX}{tag}"
-
-
-def _tags_of(generation: Generation) -> list[str]:
-    """Tags that a part of the generation has."""
-    names = {path.name.removeprefix(TAG_PREFIX) for part in generation.parts for path in part.glob(f"{TAG_PREFIX}*")}
-    return sorted(names)
 
 
 def _metadata_files(

@@ -19,13 +19,14 @@ from ps.store import (
     StoreError,
     checksum,
     durable,
+    tags,
     unfinished,
 )
 from ps.store.arrays import ChunkedArray, state_array, value_array
 from ps.store.claim import CLAIM_FILE, read_claim
 from ps.store.folder_lock import LOCK_FILE, FolderLock
 from ps.store.generation_set import GenerationSet, complete_keys, find_generation
-from ps.store.job_store import GENERATIONS, TAG_PREFIX
+from ps.store.job_store import GENERATIONS
 from ps.store.locate import FoundFolder, find_folders, job_names
 from ps.tools.errors import ToolError
 from ps.tools.progress import Advance, Progress, silent
@@ -117,11 +118,9 @@ def _fill(targets: Sequence[Path], missing: Sequence[int], generation: Generatio
             files = _chunk_files(generation, shard, len(targets), advance)
             own_header = replace(header, shard=shard, num_shards=len(targets))
             copied_bytes += store.write(own_header, files, generation.states).bytes_written
-    tags = {
-        file.name.removeprefix(TAG_PREFIX) for part in generation.parts for file in part.path.glob(f"{TAG_PREFIX}*")
-    }
+    found = tags.in_folders(part.path for part in generation.parts)
     for shard, folder in enumerate(targets):
-        for tag in sorted(tags):
+        for tag in found:
             JobStore(folder, header.job, shard, len(targets)).tag(generation.key, tag)
     return copied_bytes
 

@@ -22,8 +22,8 @@ from ps.tools.export_model import ExportOptions, export
 from ps.tools.import_model import ImportOptions, import_model, plan_import
 from ps.tools.renaming import Rule, read_rules, rename
 from ps.tools.verification import verify
+from tests.ps.exported import assert_same, few
 from tests.ps.stored import data_dirs, write_shards
-from tests.ps.test_export import assert_same, few
 
 GENERATOR = torch.Generator().manual_seed(0)
 CHECKPOINT = {
