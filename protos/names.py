@@ -2,6 +2,9 @@
 
 import re
 
+EMA = "ema"
+"""The array that the moving average of weights is pulled and stored as, among those of optimizer state."""
+
 _WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 _ID = re.compile(r"[0-9a-f]{1,64}")
 _PARAMETER = re.compile(r"[A-Za-z0-9_][^/\\\x00-\x1f\x7f]{0,199}")

@@ -91,6 +91,11 @@ class Chunk:
         return any(part.filled for part in self.state.values())
 
     @property
+    def stamp(self) -> int:
+        """Grows with every change of what a commit has of the chunk."""
+        return sum(part.stamp for part in (self.weight, *self.state.values()))
+
+    @property
     def parts(self) -> list[Part]:
         return [self.weight, *self.state.values(), *self.copies.values()]
 
@@ -116,6 +121,19 @@ class Chunk:
                 self._check_version(version)
                 if self.pulled(dtype) is source:
                     return bytes(byte_view(source.tensor)[start:stop])
+
+    def read_part(
+        self, part: Part, version: int, dtype: torch.dtype, start: int, stop: int, patience: Patience | None = None
+    ) -> bytes:
+        """Bytes `start` to `stop` of a tensor of the chunk's state in `dtype`. Raises VersionGone and Conflict."""
+        with self.tier.lease([part], what=part.label, patience=patience), self.lock:
+            self._check_version(version)
+            if dtype == part.dtype:
+                return bytes(byte_view(part.tensor)[start:stop])
+            # What is asked for may begin or end within an element.
+            first, end = start // dtype.itemsize, math.ceil(stop / dtype.itemsize)
+            converted = byte_view(part.tensor.reshape(-1)[first:end].to(dtype))
+            return bytes(converted[start - first * dtype.itemsize : stop - first * dtype.itemsize])
 
     def write(self, values: torch.Tensor) -> None:
         """Replaces the weight by `elements` values of any dtype; expects a lease of it, and the lock to be held."""

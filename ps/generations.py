@@ -129,7 +129,7 @@ class Generations:
                 unknown = [chunk for chunk in chunks if not _has_files(chunk)]
                 shard.tier.save(part for chunk in unknown for part in (chunk.weight, *chunk.state.values()))
                 for chunk in chunks:
-                    stamps[chunk] = chunk.weight.stamp
+                    stamps[chunk] = chunk.stamp
                     yield _values(chunk, snapshot.arrays)
 
         def taken(state: ChunkState[ChunkValue]) -> None:
@@ -161,12 +161,12 @@ class Generations:
     def _note_files(self, shard: Shard, key: CommitKey, stamps: Mapping[Chunk, int] | None = None) -> None:
         """Has the next generation link to this one's files, for chunks that do not change until then.
 
-        stamps: of each chunk's weight when it was written; None where none has changed since.
+        stamps: of each chunk when it was written; None where none has changed since.
         """
         for files in self._store.chunk_files(key.step, key.commit_id):
             chunk = shard.find(files.parameter, files.chunk)
             with chunk.lock:
-                if stamps is None or chunk.weight.stamp == stamps[chunk]:
+                if stamps is None or chunk.stamp == stamps[chunk]:
                     chunk.stored = files
 
 

@@ -119,7 +119,7 @@ def _move(job: Job, session: Session, staged: Part, chunk: Chunk) -> Chunk:
     return chunk
 
 
-def set_optimizer(job: Job, session: Session, spec: OptimizerSpec, patience: Patience) -> None:
+def set_optimizer(job: Job, session: Session, spec: OptimizerSpec, trained: Sequence[int], patience: Patience) -> None:
     """States the optimizer. Groups may change, the class may not. Raises Conflict, InvalidRequest."""
     job.steps.of(session)
     shard = job.open_shard()
@@ -129,8 +129,12 @@ def set_optimizer(job: Job, session: Session, spec: OptimizerSpec, patience: Pat
     for parameter in optimizer.group_of:
         if shard.manifest[parameter].kind != "parameter":
             raise InvalidRequest(f"buffer {shard.manifest[parameter].name!r} cannot be optimized")
+    for parameter in trained:
+        if parameter not in optimizer.group_of:
+            raise InvalidRequest(f"parameter {parameter} cannot be trained: it is in no group")
     with job.shard_lock:
         if job.shard is shard:
+            shard.set_trained(trained)
             check_budget(shard, session.world_size, optimizer.arrays, optimizer.fused)
         _set_optimizer(job, session, shard, spec, optimizer)
 

@@ -1,10 +1,11 @@
 """The Pull stream: chunks at one version, answered in order. How their bytes travel is the session's link's."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 
 from protos import zero_ps_pb2 as pb
+from protos.names import EMA
 from ps.chunk import Chunk
 from ps.errors import InvalidRequest
 from ps.job import Job
@@ -14,6 +15,7 @@ from ps.monitor import Patience
 from ps.runs import Runs, decode_runs
 from ps.sessions import Session
 from ps.shard import Shard
+from ps.state_access import Read, array_of, check_travels, dtype_of, elements_of, reader
 from ps.statuses import stream_error
 from ps.traffic import Traffic
 from ps.wire import check_convertible, decode_chunks, decode_dtype
@@ -38,9 +40,12 @@ def answer_pulls(
                 else:
                     shard = job.open_shard()
                     chunks = decode_chunks(shard, request.chunks)
-                    check_convertible(chunks, dtype)
-                    parts = list(zip(chunks, decode_runs(request.parts, chunks), strict=True))
-                    blocks = _chunks(job, session, shard, parts, request.version, dtype, patience)
+                    if request.array:
+                        blocks = _arrays(job, session, shard, chunks, request, dtype, patience)
+                    else:
+                        check_convertible(chunks, dtype)
+                        parts = list(zip(chunks, decode_runs(request.parts, chunks), strict=True))
+                        blocks = _chunks(job, session, shard, parts, request.version, dtype, patience)
                 for response, num_bytes in session.chosen.link.answer(blocks):
                     traffic.pulled(num_bytes)
                     response.request_id = request.request_id
@@ -70,6 +75,36 @@ def _chunks(
         for first, end in ((0, chunk.elements),) if runs is None else runs.bounds:
             read = _reader(chunk, version, wire, first * wire.itemsize, patience)
             yield Block((end - first) * wire.itemsize, read)
+
+
+def _arrays(
+    job: Job,
+    session: Session,
+    shard: Shard,
+    chunks: Sequence[Chunk],
+    request: pb.PullRequest,
+    dtype: torch.dtype | None,
+    patience: Patience,
+) -> Iterator[Block | None]:
+    """State of chunks instead of their weights."""
+    version = request.version
+    if request.array == EMA:
+        # What is not averaged is as it is.
+        array_of(shard, EMA)
+        check_convertible(chunks, dtype)
+    for chunk, runs in zip(chunks, decode_runs(request.parts, chunks), strict=True):
+        job.wait_for_version(session, shard, chunk, version, patience)
+        array = array_of(shard, request.array)
+        if request.array != EMA:
+            check_travels([chunk], array, dtype)
+        wire = dtype or dtype_of(chunk, array)
+        read = reader(chunk, array, version, wire, patience)
+        for first, end in ((0, elements_of(chunk, array)),) if runs is None else runs.bounds:
+            yield Block((end - first) * wire.itemsize, _shifted(read, first * wire.itemsize))
+
+
+def _shifted(read: Read, offset: int) -> Read:
+    return lambda start, stop: read(offset + start, offset + stop)
 
 
 def _reader(

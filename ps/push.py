@@ -19,6 +19,7 @@ from ps.jobs import Jobs
 from ps.monitor import Patience
 from ps.runs import Runs, decode_runs
 from ps.sessions import Session
+from ps.state_access import array_of, check_travels, dtype_of, elements_of, write_state
 from ps.statuses import stream_error
 from ps.tier import Incoming, Tier
 from ps.traffic import Traffic
@@ -200,6 +201,8 @@ def _begin(jobs: Jobs, pool: BufferPool, header: pb.PushHeader, cancelled: Calla
             pieces = _gradient(job, session, pool, header, cancelled)
         case pb.PushHeader.KIND_WEIGHT:
             pieces = _weight(job, session, header, cancelled)
+        case pb.PushHeader.KIND_STATE:
+            pieces = _state(job, session, header, cancelled)
         case pb.PushHeader.KIND_STAGED:
             pieces = _staged(job, session, header, cancelled)
         case _:
@@ -248,7 +251,7 @@ def _elements(chunk: Chunk, runs: Runs | None) -> int:
 
 
 def _weight(job: Job, session: Session, header: pb.PushHeader, cancelled: Callable[[], bool]) -> list[_Piece]:
-    _check_rank_0(job, session)
+    check_rank_0(job, session)
     shard = job.open_shard()
     chunks = decode_chunks(shard, header.chunks)
     dtype = decode_dtype(header.dtype)
@@ -269,8 +272,40 @@ def _weight(job: Job, session: Session, header: pb.PushHeader, cancelled: Callab
     return _pieces(job.tier, chunks, [chunk.num_bytes(dtype) for chunk in chunks], begin, finish)
 
 
+def _state(job: Job, session: Session, header: pb.PushHeader, cancelled: Callable[[], bool]) -> list[_Piece]:
+    check_rank_0(job, session)
+    shard = job.open_shard()
+    chunks = decode_chunks(shard, header.chunks)
+    array = array_of(shard, header.array)
+    dtype = decode_dtype(header.dtype)
+    check_travels(chunks, array, dtype)
+    patience = Patience.of(_UPDATE_WAIT_SECONDS, cancelled)
+    for chunk in chunks:
+        if not shard.manifest[chunk.parameter].has_state:
+            name = shard.manifest[chunk.parameter].name
+            raise InvalidRequest(f"{name!r} is not trained, so that there is no optimizer state for it")
+        job.wait_for_version(session, shard, chunk, header.step, patience)
+
+    def begin(some: Sequence[Chunk]) -> list[Incoming]:
+        return [
+            job.tier.incoming(
+                (elements_of(chunk, array),),
+                dtype or dtype_of(chunk, array),
+                f"{array.name} of {chunk.label}",
+                patience,
+            )
+            for chunk in some
+        ]
+
+    def finish(some: Sequence[Chunk], buffers: Sequence[Incoming]) -> None:
+        write_state(job, session, shard, header.step, array, list(zip(some, buffers, strict=True)))
+
+    sizes = [elements_of(chunk, array) * (dtype or dtype_of(chunk, array)).itemsize for chunk in chunks]
+    return _pieces(job.tier, chunks, sizes, begin, finish)
+
+
 def _staged(job: Job, session: Session, header: pb.PushHeader, cancelled: Callable[[], bool]) -> list[_Piece]:
-    _check_rank_0(job, session)
+    check_rank_0(job, session)
     staging = job.staging(session)
     dtype = decode_dtype(header.dtype)
     if dtype is None:
@@ -314,7 +349,8 @@ def _incoming(tier: Tier, tensors: Iterable[tuple[int, str]], dtype: torch.dtype
     return [tier.incoming((elements,), dtype, what, patience) for elements, what in tensors]
 
 
-def _check_rank_0(job: Job, session: Session) -> None:
+def check_rank_0(job: Job, session: Session, what: str = "writes weights") -> None:
+    """Raises InvalidRequest for any other session."""
     job.steps.of(session)
     if session.rank != 0:
-        raise InvalidRequest(f"only rank 0 writes weights, this is rank {session.rank}")
+        raise InvalidRequest(f"only rank 0 {what}, this is rank {session.rank}")

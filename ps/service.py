@@ -18,8 +18,9 @@ from ps.monitor import Patience
 from ps.opening import open_job, set_optimizer
 from ps.process import memory_bytes
 from ps.pull import answer_pulls
-from ps.push import answer_pushes
+from ps.push import answer_pushes, check_rank_0
 from ps.sessions import Session
+from ps.state_access import clear_state, list_state
 from ps.statuses import as_server_error, status_code, status_message
 from ps.traffic import Traffic
 from ps.wire import (
@@ -31,6 +32,7 @@ from ps.wire import (
     decode_plan,
     decode_step,
     encode_opened_job,
+    encode_state,
 )
 
 Request = TypeVar("Request")
@@ -181,7 +183,7 @@ class ParameterServer(zero_ps_pb2_grpc.ParameterServerServicer):
     @_call
     def SetOptimizer(self, request: pb.SetOptimizerRequest, context: grpc.ServicerContext) -> pb.SetOptimizerResponse:
         job, session = self._jobs.find(request.session_id)
-        set_optimizer(job, session, decode_optimizer(request), self._update_wait(context))
+        set_optimizer(job, session, decode_optimizer(request), request.trained, self._update_wait(context))
         return pb.SetOptimizerResponse()
 
     # ------------------------------------------------------------ bytes
@@ -260,6 +262,20 @@ class ParameterServer(zero_ps_pb2_grpc.ParameterServerServicer):
         return pb.CommitResponse(
             path=str(written.path), bytes_written=written.bytes_written, commit_id=written.key.commit_id
         )
+
+    @_call
+    def ListState(self, request: pb.ListStateRequest, context: grpc.ServicerContext) -> pb.ListStateResponse:
+        job, session = self._jobs.find(request.session_id)
+        patience = _patience(request.timeout_seconds, context)
+        found = list_state(job, session, job.open_shard(), request.version, request.parameters, patience)
+        return pb.ListStateResponse(chunks=[encode_state(chunk, arrays) for chunk, arrays in found])
+
+    @_call
+    def ClearState(self, request: pb.ClearStateRequest, context: grpc.ServicerContext) -> pb.ClearStateResponse:
+        job, session = self._jobs.find(request.session_id)
+        check_rank_0(job, session, "replaces optimizer state")
+        clear_state(job, session, job.open_shard(), request.step, request.parameters)
+        return pb.ClearStateResponse()
 
     @staticmethod
     def _update_wait(context: grpc.ServicerContext) -> Patience:

@@ -161,9 +161,19 @@ class Shard:
         return replace(self.spec, groups=tuple(OptimizerGroup(options, group.parameters) for options, group in groups))
 
     def set_trainable(self, manifest: Sequence[StoredParameter]) -> None:
-        """Which parameters are trained may change while a job is open; all else of a manifest may not."""
-        trainable = {p.name: p.trainable for p in manifest}
-        self.manifest = tuple(replace(p, trainable=trainable[p.name]) for p in self.manifest)
+        """Which parameters are trained may change while a job is open; all else of a manifest may not.
+
+        What was trained once may have optimizer state, and stays so.
+        """
+        trainable = {p.name for p in manifest if p.trainable}
+        self.set_trained(i for i, p in enumerate(self.manifest) if p.name in trainable)
+
+    def set_trained(self, parameters: Iterable[int]) -> None:
+        """These are trained, too, from here on."""
+        more = set(parameters)
+        self.manifest = tuple(
+            replace(p, trainable=True) if i in more and not p.trainable else p for i, p in enumerate(self.manifest)
+        )
 
     def chunks_of(self) -> list[list[Chunk]]:
         """The chunks here of each parameter, in the order of the manifest."""

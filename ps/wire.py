@@ -19,6 +19,7 @@ from ps.plan import Plan, PlannedUse
 from ps.shard import Shard
 from ps.steps import StepWish
 from ps.store import CommitKey, OptimizerGroup, OptimizerSpec, StoredParameter
+from ps.tier import Part
 
 _MAX_DIMENSIONS = 64
 _MAX_ELEMENTS = 1 << 48
@@ -126,6 +127,16 @@ def decode_edits(edits: Sequence[pb.GradEdit]) -> tuple[GradientEdit, ...]:
         value = edit.scale if kind == "scale" else edit.max_value
         decoded.append(GradientEdit(tuple(edit.parameters), kind, value))
     return tuple(decoded)
+
+
+def encode_state(chunk: Chunk, arrays: Iterable[tuple[str, Part]]) -> pb.ChunkArrays:
+    return pb.ChunkArrays(
+        chunk=pb.ChunkRef(parameter=chunk.parameter, chunk=chunk.index),
+        arrays=[
+            pb.ArraySpec(name=name, dtype=dtypes.from_torch(part.dtype), per_element=part.shape == chunk.shape)
+            for name, part in arrays
+        ],
+    )
 
 
 def decode_plan(request: pb.PlanRequest) -> Plan:

@@ -110,8 +110,11 @@ class Transfer:
         self._inflight_bytes = 0
         self._error: BaseException | None = None
 
-    def pull(self, destinations: Sequence[Destination], version: int) -> Arrival:
-        """Asks for parameters at one version, in the order given: one request to each server and dtype."""
+    def pull(self, destinations: Sequence[Destination], version: int, array: str = "") -> Arrival:
+        """Asks for parameters at one version, in the order given: one request to each server and dtype.
+
+        array: empty for their weights, or optimizer state by its name.
+        """
         futures = []
         nbytes = 0
         for dtype in dict.fromkeys(d.dtype for d in destinations):
@@ -136,6 +139,7 @@ class Transfer:
                         dtype=dtype,
                         timeout=self._job.timeout,
                         staged=group[0].remote.staged,
+                        array=array,
                         runs=runs if any(destination.parts is not None for destination in group) else None,
                     )
                     futures.append(link.pull(pull))
@@ -153,6 +157,7 @@ class Transfer:
         step: int,
         sequence: int = 0,
         final: bool = False,
+        array: str = "",
         chunks: Iterable[int] | None = None,
         parts: Sequence[Part] | None = None,
         on_sent: Callable[[], None] | None = None,
@@ -188,6 +193,7 @@ class Transfer:
                     sources=[_bytes_of(part, data, tensor.dtype) for part in here],
                     dtype=tensor.dtype,
                     sequence=sequence,
+                    array=array,
                     runs=None if parts is None else [part.runs for part in here],
                     final=final,
                 )

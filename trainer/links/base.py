@@ -24,6 +24,7 @@ class PushKind(Enum):
     GRADIENT = "gradient"
     WEIGHT = "weight"
     STAGED = "staged"
+    STATE = "state"
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Pull:
         may be written at any time until the pull's future is done, also when it ends with an error.
     dtype: on the wire; None means as stored.
     timeout: seconds that the server may wait for the version.
+    array: which tensor of the chunks: empty for the weight, or optimizer state by its name.
     runs: for each chunk the elements that are wanted, ascending and apart; None for whole chunks.
     """
 
@@ -43,6 +45,7 @@ class Pull:
     dtype: torch.dtype | None
     timeout: float
     staged: bool = False
+    array: str = ""
     runs: Sequence[Sequence[Run]] | None = None
 
 
@@ -51,6 +54,7 @@ class Push:
     """Bytes of chunks for a server.
 
     sources: for each chunk a 1-d uint8 CPU tensor; not to be changed before the push's future is done.
+    array: for optimizer state, its name.
     sequence: for gradients, how many contributions of this trainer to these chunks came before in
         the step.
     runs: for gradients, the elements of each chunk that they are of; None for whole chunks.
@@ -63,6 +67,7 @@ class Push:
     sources: Sequence[torch.Tensor]
     dtype: torch.dtype
     sequence: int = 0
+    array: str = ""
     runs: Sequence[Sequence[Run]] | None = None
     final: bool = False
 

@@ -25,6 +25,7 @@ _PUSH_KINDS = {
     PushKind.GRADIENT: pb.PushHeader.KIND_GRADIENT,
     PushKind.WEIGHT: pb.PushHeader.KIND_WEIGHT,
     PushKind.STAGED: pb.PushHeader.KIND_STAGED,
+    PushKind.STATE: pb.PushHeader.KIND_STATE,
 }
 
 
@@ -172,6 +173,7 @@ class _PullStream(_Stream[pb.PullRequest, pb.PullResponse]):
                     dtype=pb.DTYPE_UNSPECIFIED if pull.dtype is None else dtypes.from_torch(pull.dtype),
                     chunks=[pb.ChunkRef(parameter=p, chunk=c) for p, c in pull.chunks],
                     staged=pull.staged,
+                    array=pull.array,
                     timeout_seconds=pull.timeout,
                     parts=_parts(pull.runs),
                 )
@@ -234,6 +236,7 @@ class _PushStream(_Stream[tuple[int, Push], pb.PushResponse]):
                 chunks=[pb.ChunkRef(parameter=p, chunk=c) for p, c in push.chunks],
                 sequence=push.sequence,
                 final=push.final,
+                array=push.array,
                 chunk_bytes=[s.numel() for s in push.sources] if push.kind is PushKind.STAGED else (),
                 parts=_parts(push.runs),
             )
