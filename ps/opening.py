@@ -119,8 +119,13 @@ def _move(job: Job, session: Session, staged: Part, chunk: Chunk) -> Chunk:
     return chunk
 
 
-def set_optimizer(job: Job, session: Session, spec: OptimizerSpec, trained: Sequence[int], patience: Patience) -> None:
-    """States the optimizer. Groups may change, the class may not. Raises Conflict, InvalidRequest."""
+def set_optimizer(
+    job: Job, session: Session, spec: OptimizerSpec, patience: Patience, trained: Sequence[int] = ()
+) -> None:
+    """States the optimizer, and which of its parameters take gradients by now.
+
+    Groups may change, the class may not. Raises Conflict, InvalidRequest.
+    """
     job.steps.of(session)
     shard = job.open_shard()
     job.wait_at_rest(shard, session, patience)

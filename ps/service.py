@@ -183,7 +183,7 @@ class ParameterServer(zero_ps_pb2_grpc.ParameterServerServicer):
     @_call
     def SetOptimizer(self, request: pb.SetOptimizerRequest, context: grpc.ServicerContext) -> pb.SetOptimizerResponse:
         job, session = self._jobs.find(request.session_id)
-        set_optimizer(job, session, decode_optimizer(request), request.trained, self._update_wait(context))
+        set_optimizer(job, session, decode_optimizer(request), self._update_wait(context), request.trained)
         return pb.SetOptimizerResponse()
 
     # ------------------------------------------------------------ bytes

@@ -79,8 +79,10 @@ def test_a_grad_scaler_does_what_it_does_in_plain_torch(cluster: LocalCluster, j
 
 
 def test_every_trainer_skips_where_one_has_a_gradient_that_is_not_finite(cluster: LocalCluster, job_name: str) -> None:
+    models = [seeded(Residual) for _ in range(2)]
+
     def train(job: trainer.Job) -> tuple[list[int], list[int], dict[str, torch.Tensor]]:
-        model = trainer.offload(seeded(Residual), job)
+        model = trainer.offload(models[job.rank], job)
         optimizer = trainer.RemoteOptimizer(model.parameters(), torch.optim.SGD, lr=0.1, skip_nonfinite=True)
         steps, skipped = [], []
         for number in range(4):
@@ -110,8 +112,10 @@ def test_every_trainer_skips_where_one_has_a_gradient_that_is_not_finite(cluster
 
 
 def test_a_scaler_skips_on_every_trainer(cluster: LocalCluster, job_name: str) -> None:
+    models = [seeded(Residual) for _ in range(2)]
+
     def train(job: trainer.Job) -> tuple[list[float], int]:
-        model = trainer.offload(seeded(Residual), job)
+        model = trainer.offload(models[job.rank], job)
         optimizer = trainer.RemoteOptimizer(model.parameters(), torch.optim.SGD, lr=0.1)
         scale, scales = torch.amp.GradScaler("cpu", init_scale=4.0), []
         for number in range(3):
