@@ -42,6 +42,7 @@ def list_state(job: Job, states: Sequence[OffloadedParameter]) -> list[list[pb.A
     """What the servers have of each parameter at the job's present step; nothing of one that was never updated."""
     if not states:
         return []
+    states[0].model.announcement.check_none("reading the optimizer's state")
     indices = [state.remote.index for state in states if state.remote is not None]
     responses: list[pb.ListStateResponse] = call_all(
         job.servers,
@@ -78,6 +79,7 @@ def clear_state(job: Job, states: Sequence[OffloadedParameter]) -> None:
     """Has the servers forget the state of some parameters; for rank 0."""
     if not states:
         return
+    states[0].model.announcement.check_none("changing the optimizer's state")
     indices = [state.remote.index for state in states if state.remote is not None]
     call_all(
         job.servers,

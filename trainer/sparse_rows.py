@@ -106,6 +106,7 @@ def _pull(state: OffloadedParameter, numbers: torch.Tensor) -> torch.Tensor:
     remote, job = state.remote, state.model.job
     assert remote is not None
     job.check()
+    state.model.announcement.pulled([state])
     state.model.coordinator.pass_assignments()
     # Bytes are written by another thread, which torch would not let write to an inference tensor.
     with torch.inference_mode(False), torch.no_grad():

@@ -308,6 +308,7 @@ def test_nothing_may_change_the_step_between_its_announcement_and_its_end(cluste
             lambda: trainer.clip_grad_norm_(model.parameters(), 1.0),
             lambda: trainer.clip_grad_value_(model.parameters(), 1.0),
             optimizer.zero_grad,
+            optimizer.state_dict,
             lambda: optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))]}),
             job.commit,
             lambda: enter(optimizer.last_backward()),
