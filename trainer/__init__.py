@@ -30,6 +30,7 @@ from trainer.errors import (
 )
 from trainer.gathering import gathered
 from trainer.job import Job
+from trainer.layers import layer_by_layer
 from trainer.offload import offload, release, remove
 from trainer.optimizer import RemoteOptimizer
 from trainer.report import Report, record_timeline, report
@@ -57,6 +58,7 @@ __all__ = [
     "clip_grad_value_",
     "connect",
     "gathered",
+    "layer_by_layer",
     "offload",
     "record_timeline",
     "release",
