@@ -5,7 +5,7 @@ import sys
 
 from benchmarks import report
 
-MODULES = ("coordinator", "hooks", "memory", "storage", "commit")
+MODULES = ("coordinator", "hooks", "memory", "storage", "commit", "optimizer")
 
 
 def _all(quick: bool) -> list[report.Row]:

@@ -144,12 +144,14 @@ def _block(
     )
     for step in range(WARM_UP + steps):
         if settled:
-            # Servers update in the order of the manifest.
+            # Servers update last what is used last.
             with trainer.gathered(list(model.parameters())[-8:]):
                 pass
         before = trainer.report(model)
         begin = time.perf_counter()
-        model(x, y).backward()
+        loss = model(x, y)
+        with optimizer.last_backward():
+            loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         seconds = time.perf_counter() - begin
