@@ -13,6 +13,7 @@ os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 from protos.links import KINDS, parse_kinds
 from ps.arguments import ArgumentParser, size
+from ps.options import COMPRESSIBLE
 from ps.tools import export, import_, reshard, verify
 
 _DESCRIPTION = "ZeRO-3 parameter offload: parameter servers keep the model, trainers compute with it."
@@ -115,6 +116,14 @@ def _parser() -> argparse.ArgumentParser:
         help=f"kinds of link that trainers may use, of {','.join(KINDS)} (default: all). Each trainer gets the best "
         "one that works; 'zero-ps status' shows which, and why no better one",
     )
+    serve.add_argument(
+        "--compress",
+        type=_codecs,
+        default=(),
+        metavar="KIND=CODEC,...",
+        help="compress chunk files of commits, by kind of array: weight, buffer or state (the optimizer's); the codec "
+        "is zstd. The same for all servers of a set (default: none)",
+    )
     serve.add_argument("--eviction", choices=("plan", "lru"), default="plan", help=argparse.SUPPRESS)
     serve.add_argument("--stop-on-stdin-eof", action="store_true", help=argparse.SUPPRESS)
 
@@ -156,6 +165,7 @@ def _serve(options: argparse.Namespace) -> int:
         keep=options.keep,
         lease_seconds=options.lease,
         eviction=options.eviction,
+        codecs=options.compress,
         links=options.links,
     )
     try:
@@ -190,6 +200,25 @@ def _address(text: str) -> str:
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
     return text
+
+
+def _codecs(text: str) -> tuple[tuple[str, str], ...]:
+    from ps.store.codecs import check_codec
+
+    found: dict[str, str] = {}
+    for entry in text.split(","):
+        kind, equals, codec = entry.partition("=")
+        if not equals or kind not in COMPRESSIBLE or kind in found:
+            raise argparse.ArgumentTypeError(
+                f"{entry!r} does not say how to compress what: write KIND=CODEC, once for each of "
+                f"{', '.join(COMPRESSIBLE)}, such as weight=zstd"
+            )
+        try:
+            check_codec(codec)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+        found[kind] = codec
+    return tuple(sorted(found.items()))
 
 
 def _links(text: str) -> tuple[str, ...]:

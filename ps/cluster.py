@@ -28,6 +28,7 @@ class LocalCluster:
     memory: each server's limit in bytes, or as in '8GiB'; what does not fit goes to data_dir. threads: of each
         server's updates.
     lease: seconds after which a silent trainer counts as lost. keep: committed generations to keep.
+    compress: of commits, by kind of array, as in "weight=zstd,state=zstd"; None for nothing.
     eviction: what leaves memory first where it is limited, "plan" (the default) or, to compare, "lru".
     links: kinds of link that trainers may use; None for all.
 
@@ -44,6 +45,7 @@ class LocalCluster:
         lease: float | None = None,
         keep: int | None = None,
         eviction: str | None = None,
+        compress: str | None = None,
         links: Sequence[str] | None = None,
     ) -> None:
         if servers < 1:
@@ -61,6 +63,7 @@ class LocalCluster:
             *_option("--lease", lease),
             *_option("--keep", keep),
             *_option("--eviction", eviction),
+            *_option("--compress", compress),
             *_option("--links", None if links is None else ",".join(links)),
         ]
         self._logs = tempfile.TemporaryDirectory(prefix="zero-ps-logs-")

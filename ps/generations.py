@@ -4,7 +4,7 @@ import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from protos import MAX_METADATA_BYTES
@@ -14,6 +14,7 @@ from ps.flush import Flush
 from ps.home import IN_MEMORY
 from ps.monitor import Monitor
 from ps.optimizer import ChunkOptimizer
+from ps.options import ServerOptions
 from ps.shard import Shard
 from ps.store import (
     ChunkFile,
@@ -29,6 +30,7 @@ from ps.store import (
     Written,
     read_tensor,
 )
+from ps.store.contents import ParameterKind
 from ps.tier import Area, Part, Tier
 
 SAVED_TOGETHER = 16
@@ -38,12 +40,13 @@ SAVED_TOGETHER = 16
 class Generations:
     """The committed steps of one job on this server. One thread at a time may load or write."""
 
-    def __init__(self, job: str, index: int, num_shards: int, store: JobStore, keep: int) -> None:
+    def __init__(self, job: str, options: ServerOptions, store: JobStore) -> None:
         self._job = job
-        self._index = index
-        self._num_shards = num_shards
+        self._index = options.index
+        self._num_shards = options.num_shards
         self._store = store
-        self._keep = keep
+        self._keep = options.keep
+        self._codecs = dict(options.codecs)
 
     def steps(self) -> list[int]:
         """Ascending. Raises StorageFailed."""
@@ -101,16 +104,23 @@ class Generations:
             dtype = chunk.dtype if array.dtype is None else array.dtype
             parts.append((chunk.state_part(name, dtype, scalar=not array.per_element), file))
         for part, file in parts:
-            if part.spillable:
+            if part.spillable and file.encoding is None:
                 shard.tier.found(part, file)
+            elif part.spillable:
+                # What is compressed cannot be read in place.
+                with shard.tier.lease(fresh=[part], scratch_bytes=2 * part.size):
+                    part.hold(read_tensor(file, part.shape, part.dtype))
             else:
                 part.hold(read_tensor(file, part.shape, part.dtype))
 
     def snapshot(self, shard: Shard, key: CommitKey, metadata: str, monitor: Monitor) -> "Snapshot":
         """What a generation of this shard, which is at rest, is made of. Its chunks follow one by one."""
         spec = shard.stated_optimizer()
-        arrays = dict(self._arrays(shard, spec))
-        header = GenerationHeader(self._job, key, self._index, self._num_shards, shard.manifest, spec, metadata)
+        state_codec = self._codecs.get("state")
+        arrays = {name: replace(array, codec=state_codec) for name, array in self._arrays(shard, spec).items()}
+        kinds: Mapping[ParameterKind, str] = {"parameter": "weight", "buffer": "buffer"}
+        manifest = tuple(replace(p, codec=self._codecs.get(kinds[p.kind])) for p in shard.manifest)
+        header = GenerationHeader(self._job, key, self._index, self._num_shards, manifest, spec, metadata)
         return Snapshot(shard, header, arrays, Flush(f"the commit of step {key.step}", key.step, shard, monitor))
 
     def write(self, snapshot: "Snapshot", tag: str = "") -> Written:

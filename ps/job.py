@@ -36,7 +36,7 @@ class Job:
     def __init__(self, name: str, options: ServerOptions, store: JobStore, tier: Tier) -> None:
         self.name = name
         self.options = options
-        self.generations = Generations(name, options.index, options.num_shards, store, options.keep)
+        self.generations = Generations(name, options, store)
         self.working = store.working
         self.tier = tier
         self.monitor = Monitor()

@@ -4,6 +4,9 @@ from dataclasses import dataclass
 
 from protos.links import KINDS
 
+COMPRESSIBLE = ("weight", "buffer", "state")
+"""Kinds of arrays that commits may compress."""
+
 
 @dataclass(frozen=True)
 class ServerOptions:
@@ -11,6 +14,8 @@ class ServerOptions:
 
     keep: how many committed generations stay. lease_seconds: how long a silent trainer counts as alive.
     eviction: what leaves memory first where it is limited, 'plan' or 'lru'; the latter is to compare with.
+    codecs: what chunk files of commits are compressed with, by kind of array: 'weight', 'buffer', 'state'. The same
+        on all servers of a set.
     links: the kinds of link that trainers may use.
     """
 
@@ -19,4 +24,5 @@ class ServerOptions:
     keep: int = 2
     lease_seconds: float = 10.0
     eviction: str = "plan"
+    codecs: tuple[tuple[str, str], ...] = ()
     links: tuple[str, ...] = KINDS

@@ -5,7 +5,7 @@ Importing this package lets zarr-python open arrays of data type `bfloat16`.
 """
 
 from ps.store.bfloat16 import register_bfloat16
-from ps.store.chunk_reader import read_tensor
+from ps.store.chunk_file import read_tensor
 from ps.store.contents import (
     ChunkFile,
     ChunkState,

@@ -13,6 +13,7 @@ import torch
 
 from protos.layout import ChunkGrid
 from protos.names import check_parameter_name
+from ps.store.codecs import Encoding
 from ps.store.contents import StateArray, StoredParameter
 
 METADATA_FILE = "zarr.json"
@@ -27,17 +28,24 @@ class ChunkedArray:
 
     path: relative to the generation's folder.
     chunk_shape: of every chunk; the last is padded to it in its file, as zarr's regular grid requires.
+    codec: that its chunk files are compressed with; None if they are not.
     """
 
     path: str
     shape: tuple[int, ...]
     chunk_shape: tuple[int, ...]
     dtype: torch.dtype
+    codec: str | None = None
 
     @property
     def chunk_bytes(self) -> int:
-        """The size of each chunk file in bytes, padding included."""
+        """The size of each chunk in bytes, padding included: that of its file, if it is not compressed."""
         return math.prod(self.chunk_shape) * self.dtype.itemsize
+
+    @property
+    def encoding(self) -> Encoding | None:
+        """How its chunk files are compressed, if they are."""
+        return None if self.codec is None else Encoding(self.codec, self.chunk_bytes)
 
     def chunk_key(self, chunk: int) -> str:
         """The path of a chunk's file, relative to the generation's folder."""
@@ -46,6 +54,7 @@ class ChunkedArray:
 
     def metadata(self) -> bytes:
         """The array's `zarr.json`."""
+        compressed = [] if self.encoding is None else [self.encoding.metadata()]
         # One-byte types have no byte order to name; all others must name it, bfloat16 included, or
         # TensorStore refuses the array.
         little = {"configuration": {"endian": "little"}} if self.dtype.itemsize > 1 else {}
@@ -58,7 +67,7 @@ class ChunkedArray:
                 "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(self.chunk_shape)}},
                 "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
                 "fill_value": False if self.dtype == torch.bool else 0,
-                "codecs": [{"name": "bytes", **little}],
+                "codecs": [{"name": "bytes", **little}, *compressed],
                 # Of each array its own: xarray takes equal names for equal sizes, and opens nothing without names.
                 DIMENSIONS: [f"{self.path.split('/')[-1]}.{dim}" for dim in range(len(self.shape))],
                 "attributes": {},
@@ -69,7 +78,7 @@ class ChunkedArray:
 def value_array(parameter: StoredParameter) -> ChunkedArray:
     """The array of a parameter's weights, or of a buffer's values."""
     folder = "weight" if parameter.kind == "parameter" else "buffer"
-    return per_element_array(f"{folder}/{parameter.name}", parameter.shape, parameter.dtype)
+    return per_element_array(f"{folder}/{parameter.name}", parameter.shape, parameter.dtype, parameter.codec)
 
 
 def state_array(parameter: StoredParameter, state: StateArray) -> ChunkedArray:
@@ -81,7 +90,7 @@ def state_array(parameter: StoredParameter, state: StateArray) -> ChunkedArray:
     path = f"{state.name}/{parameter.name}"
     dtype = parameter.dtype if state.dtype is None else state.dtype
     if state.per_element:
-        return per_element_array(path, parameter.shape, dtype)
+        return per_element_array(path, parameter.shape, dtype, state.codec)
     return ChunkedArray(path, (ChunkGrid.of(parameter.shape).num_chunks,), (1,), dtype)
 
 
@@ -142,8 +151,8 @@ def dtype_from_name(name: str) -> torch.dtype:
     return _DTYPES[name]
 
 
-def per_element_array(path: str, shape: tuple[int, ...], dtype: torch.dtype) -> ChunkedArray:
+def per_element_array(path: str, shape: tuple[int, ...], dtype: torch.dtype, codec: str | None = None) -> ChunkedArray:
     """An array with one element for each of a parameter of this shape, in that parameter's chunks."""
     # zarr has no empty chunks, so an empty dimension gets a chunk length of 1 (and no chunk).
     chunk_shape = tuple(max(1, n) for n in (ChunkGrid.of(shape).chunk_rows, *shape[1:])) if shape else ()
-    return ChunkedArray(path, shape, chunk_shape, dtype)
+    return ChunkedArray(path, shape, chunk_shape, dtype, codec)

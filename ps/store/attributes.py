@@ -12,6 +12,7 @@ from protos import MAX_MANIFEST_PARAMETERS
 from protos.names import check_id
 from protos.values import Option
 from ps.store.arrays import check_names, dtype_from_name, dtype_name
+from ps.store.codecs import check_codec
 from ps.store.contents import (
     CommitKey,
     GenerationHeader,
@@ -24,8 +25,8 @@ from ps.store.contents import (
 from ps.store.errors import check_format
 from ps.store.fields import LARGEST, Fields
 
-FORMAT = 1
-"""Raised when a generation is laid out so that older versions would misread it."""
+FORMAT = 2
+"""The newest layout: raised when older versions would misread a generation. 2 has something compressed."""
 
 KEY = "zero_ps"
 """The attribute under which all of it stands."""
@@ -36,7 +37,7 @@ def encode(header: GenerationHeader, state_arrays: Mapping[str, StateArray]) -> 
     optimizer = header.optimizer
     return {
         KEY: {
-            "format": FORMAT,
+            "format": FORMAT if _compressed(header, state_arrays) else 1,
             "job": header.job,
             "step": header.key.step,
             "commit_id": header.key.commit_id,
@@ -49,6 +50,7 @@ def encode(header: GenerationHeader, state_arrays: Mapping[str, StateArray]) -> 
                     "dtype": dtype_name(p.dtype),
                     "kind": p.kind,
                     "trainable": p.trainable,
+                    **_encode_codec(p.codec),
                 }
                 for p in header.manifest
             ],
@@ -67,6 +69,7 @@ def encode(header: GenerationHeader, state_arrays: Mapping[str, StateArray]) -> 
                 name: {
                     "dtype": None if state.dtype is None else dtype_name(state.dtype),
                     "per_element": state.per_element,
+                    **_encode_codec(state.codec),
                 }
                 for name, state in state_arrays.items()
             },
@@ -138,7 +141,27 @@ def _parameter(fields: Fields) -> StoredParameter:
         dtype=_dtype(fields),
         kind=kind,
         trainable=fields.flag("trainable"),
+        codec=_codec(fields),
     )
+
+
+def _compressed(header: GenerationHeader, state_arrays: Mapping[str, StateArray]) -> bool:
+    return any(p.codec for p in header.manifest) or any(state.codec for state in state_arrays.values())
+
+
+def _encode_codec(codec: str | None) -> dict[str, object]:
+    return {} if codec is None else {"codec": codec}
+
+
+def _codec(fields: Fields) -> str | None:
+    if "codec" not in fields.names():
+        return None
+    codec = fields.text("codec")
+    try:
+        check_codec(codec)
+    except ValueError as error:
+        fields.refuse("codec", f"is not valid ({error})")
+    return codec
 
 
 def _dtype(fields: Fields) -> torch.dtype:
@@ -150,7 +173,7 @@ def _dtype(fields: Fields) -> torch.dtype:
 
 def _state_array(name: str, fields: Fields) -> StateArray:
     dtype = None if fields.value("dtype") is None else _dtype(fields)
-    return StateArray(name, dtype, fields.flag("per_element"))
+    return StateArray(name, dtype, fields.flag("per_element"), _codec(fields))
 
 
 def _optimizer(fields: Fields, num_parameters: int) -> OptimizerSpec | None:

@@ -1,7 +1,6 @@
 """Reads the chunks of one generation back, ahead of whoever takes them."""
 
 import math
-import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,9 +13,10 @@ import torch
 from protos.layout import ChunkGrid, place_all
 from ps.store import checksum
 from ps.store.arrays import ChunkedArray, state_array, value_array
+from ps.store.chunk_file import read_file, reason_of
 from ps.store.chunk_files import ChunkFiles, Span
 from ps.store.contents import ChunkFile, ChunkState, ChunkValue, GenerationHeader, StateArray
-from ps.store.errors import GO_BACK, DamagedError
+from ps.store.errors import DamagedError
 from ps.store.shard_file import HeldChunks
 
 BATCH_BYTES = 16 << 20
@@ -92,15 +92,15 @@ class ChunkReader:
     def files(self) -> Iterator[ChunkState[ChunkFile]]:
         """The file of every chunk, none of them looked at. Raises DamagedError if one is not listed."""
         for chunk in self._chunks():
-            files = {
-                tensor.name: ChunkFile(
-                    tensor.folder / tensor.array.chunk_key(tensor.chunk),
-                    self._parts[tensor.folder].crc32c(tensor.array, tensor.chunk),
-                    synced=True,
-                )
-                for tensor in chunk.tensors
-            }
-            yield _as_state(chunk, files)
+            yield _as_state(chunk, {tensor.name: self._file(tensor) for tensor in chunk.tensors})
+
+    def _file(self, tensor: _Tensor) -> ChunkFile:
+        return ChunkFile(
+            tensor.folder / tensor.array.chunk_key(tensor.chunk),
+            self._parts[tensor.folder].crc32c(tensor.array, tensor.chunk),
+            synced=True,
+            encoding=tensor.array.encoding,
+        )
 
     def _chunks(self) -> Iterator[_Chunk]:
         header = self._header
@@ -148,20 +148,26 @@ class ChunkReader:
         tensors = [tensor for chunk in batch for tensor in chunk.tensors]
         for tensor in tensors:
             span = Span(tensor.array.chunk_key(tensor.chunk), tensor.array.chunk_bytes, offset, tensor.bytes)
-            self._check_size(tensor.folder / span.key, span)
+            if tensor.array.encoding is None:
+                self._check_size(tensor.folder / span.key, span)
             spans.append(span)
             # Each tensor begins where any dtype may, and on a cache line.
             offset += -(-tensor.bytes // 64) * 64
         buffer = torch.empty(offset, dtype=torch.uint8)
+        pairs = list(zip(tensors, spans, strict=True))
         for folder, files in self._files.items():
-            here = [span for tensor, span in zip(tensors, spans, strict=True) if tensor.folder == folder]
+            here = [span for tensor, span in pairs if tensor.folder == folder and tensor.array.encoding is None]
             try:
                 files.read(here, buffer)
             except OSError as error:
                 file = _first_unreadable([folder / span.key for span in here]) or folder
-                raise DamagedError(f"cannot read {file}: {_reason(error)}; {self._remedy}") from error
-        for tensor, span in zip(tensors, spans, strict=True):
-            self._check_bytes(tensor, span, buffer[span.offset : span.offset + span.size])
+                raise DamagedError(f"cannot read {file}: {reason_of(error)}; {self._remedy}") from error
+        for tensor, span in pairs:
+            into = buffer[span.offset : span.offset + span.size]
+            if tensor.array.encoding is None:
+                self._check_bytes(tensor, span, into)
+            else:
+                into.numpy()[:] = read_file(self._file(tensor), self._remedy)[: span.size]
         places = iter(spans)
         return [_assemble(chunk, places, buffer) for chunk in batch]
 
@@ -193,10 +199,6 @@ def _first_unreadable(files: Iterable[Path]) -> Path | None:
     return None
 
 
-def _reason(error: OSError) -> str:
-    return os.strerror(error.errno) if error.errno else str(error)
-
-
 def _assemble(chunk: _Chunk, places: Iterator[Span], buffer: torch.Tensor) -> ChunkState[torch.Tensor]:
     tensors: dict[str | None, torch.Tensor] = {}
     for tensor in chunk.tensors:
@@ -209,16 +211,3 @@ def _assemble(chunk: _Chunk, places: Iterator[Span], buffer: torch.Tensor) -> Ch
 def _as_state(chunk: _Chunk, values: dict[str | None, V]) -> ChunkState[V]:
     weight = values.pop(None)
     return ChunkState(chunk.parameter, chunk.chunk, weight, {str(name): value for name, value in values.items()})
-
-
-def read_tensor(file: ChunkFile, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """A small tensor from a chunk's file, whose checksum is compared. Raises DamagedError, naming the file."""
-    try:
-        data = bytearray(file.path.read_bytes())
-    except OSError as error:
-        raise DamagedError(f"cannot read {file.path}: {_reason(error)}; {GO_BACK}") from error
-    raw = torch.frombuffer(data, dtype=torch.uint8)
-    size = math.prod(shape) * dtype.itemsize
-    if len(data) < size or (file.crc32c is not None and checksum.crc32c(raw) != file.crc32c):
-        raise DamagedError(f"{file.path} is damaged: it is not what was written; {GO_BACK}")
-    return raw[:size].clone().view(dtype).view(shape)

@@ -6,11 +6,14 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, Future
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from protos.layout import ChunkGrid
 from ps.store import checksum, durable
 from ps.store.arrays import ChunkedArray, state_array, value_array
+from ps.store.chunk_file import read_file
 from ps.store.chunk_files import ChunkFiles, Span
 from ps.store.contents import ChunkFile, ChunkState, ChunkValue, GenerationHeader, StateArray
 from ps.store.disks import spread
@@ -157,6 +160,10 @@ class ChunkWriter:
                 f"expected {shape} and {array.dtype}"
             )
         tensor = value.detach()
+        if array.encoding is not None:
+            handover.expect()
+            self._submit(self._write_encoded, disk, array, chunk, tensor, handover)
+            return
         whole = tensor.nbytes == array.chunk_bytes and tensor.is_contiguous() and tensor.device.type == "cpu"
         if whole and tensor.nbytes >= DIRECT_BYTES:
             handover.expect()
@@ -202,8 +209,34 @@ class ChunkWriter:
             disk.written[array][chunk] = checksum.crc32c(padded[: array.chunk_bytes])
         self._wrote(disk, [span.key for span in spans], sum(span.size for span in spans))
 
+    def _write_encoded(
+        self, disk: _Disk, array: ChunkedArray, chunk: int, tensor: torch.Tensor, handover: _Handover
+    ) -> None:
+        padded = np.zeros(array.chunk_bytes, dtype=np.uint8)
+        torch.from_numpy(padded)[: tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+        handover.done()
+        self._write_bytes(disk, array, chunk, padded)
+
+    def _write_bytes(self, disk: _Disk, array: ChunkedArray, chunk: int, decoded: npt.NDArray[np.uint8]) -> None:
+        """Writes a chunk's bytes, padding included, as the array has them: compressed or not."""
+        key = array.chunk_key(chunk)
+        data = decoded if array.encoding is None else np.frombuffer(array.encoding.encode(decoded), dtype=np.uint8)
+        file = disk.folder / key
+        file.parent.mkdir(mode=durable.FOLDER_MODE, parents=True, exist_ok=True)
+        file.write_bytes(data.data)
+        disk.written[array][chunk] = checksum.extend(0, data)
+        self._wrote(disk, [key], len(data))
+
     def _link(self, disk: _Disk, array: ChunkedArray, chunk: int, file: ChunkFile, handover: _Handover) -> None:
-        """Gives a file a second name, so that nothing of it is read or written; where that cannot be, copies it."""
+        """Gives a file a second name, so that nothing of it is read or written; where that cannot be, copies it.
+
+        One that is compressed in another way than the array is written anew.
+        """
+        if file.encoding != array.encoding:
+            decoded = read_file(file)
+            handover.done()
+            self._write_bytes(disk, array, chunk, decoded)
+            return
         key = array.chunk_key(chunk)
         target = disk.folder / key
         target.parent.mkdir(mode=durable.FOLDER_MODE, parents=True, exist_ok=True)
@@ -214,7 +247,7 @@ class ChunkWriter:
         if not linked:
             self._count(array.chunk_bytes)
         size = target.stat().st_size
-        if size != array.chunk_bytes:
+        if array.encoding is None and size != array.chunk_bytes:
             raise DamagedError(f"{file.path} has {size} bytes, and chunk {chunk} of {array.path} {array.chunk_bytes}")
         disk.written[array][chunk] = _checksum(file) if file.crc32c is None else file.crc32c
         handover.done()

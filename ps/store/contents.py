@@ -8,6 +8,7 @@ from typing import Generic, Literal, TypeVar
 import torch
 
 from protos.values import Option
+from ps.store.codecs import Encoding
 
 ParameterKind = Literal["parameter", "buffer"]
 
@@ -18,6 +19,7 @@ class StoredParameter:
 
     name: fully qualified; tied parameters appear once.
     dtype: the dtype that is stored, which for what is trained in 16 bits is float32.
+    codec: that its chunk files are compressed with; None if they are not.
     """
 
     name: str
@@ -25,6 +27,7 @@ class StoredParameter:
     dtype: torch.dtype
     kind: ParameterKind
     trainable: bool
+    codec: str | None = None
 
     @property
     def has_state(self) -> bool:
@@ -55,11 +58,13 @@ class StateArray:
     name: torch's own, such as `exp_avg` or `step`.
     dtype: None means the parameter's own, which is what `torch.zeros_like(parameter)` gives.
     per_element: True for a tensor of the parameter's shape, False for a 0-d one such as `step`.
+    codec: that chunk files of per-element state are compressed with; None if they are not.
     """
 
     name: str
     dtype: torch.dtype | None
     per_element: bool
+    codec: str | None = None
 
 
 @dataclass(frozen=True)
@@ -100,12 +105,14 @@ class ChunkFile:
     `ChunkFiles.write`, which never does.
 
     crc32c: of the whole file; None if it is not known.
+    encoding: None if the file is not compressed.
     synced: whether the bytes are known to be on the disk.
     """
 
     path: Path
     crc32c: int | None = None
     synced: bool = False
+    encoding: Encoding | None = None
 
 
 ChunkValue = torch.Tensor | ChunkFile

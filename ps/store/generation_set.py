@@ -64,7 +64,7 @@ class GenerationSet:
 
     @cached_property
     def chunk_bytes(self) -> int:
-        """The size of all chunk files, in bytes."""
+        """The size of all chunks, in bytes; that of their files, if they are not compressed."""
         return sum(self.arrays[path].chunk_bytes for path, _ in self._places)
 
     @cached_property

@@ -82,7 +82,7 @@ class GenerationStore(UnionStore):
             raise _damaged(file, f"cannot be read ({error.strerror})") from error
         if found is None:
             raise _damaged(file, "was deleted just now")
-        if size != array.chunk_bytes:
+        if array.encoding is None and size != array.chunk_bytes:
             raise _damaged(file, f"has {size} bytes, and the chunk has {array.chunk_bytes}")
         expected = part.held.crc32c(array, chunk)
         if byte_range is None and expected is not None:

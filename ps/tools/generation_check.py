@@ -260,7 +260,7 @@ class _Check:
         except OSError as error:
             self._add(file, f"cannot be read ({error.strerror})")
         else:
-            if size != array.chunk_bytes:
+            if array.encoding is None and size != array.chunk_bytes:
                 self._add(file, f"has {size} bytes, and the chunk has {array.chunk_bytes}")
             elif expected is not None and checksum != expected:
                 self._add(file, f"is damaged: its CRC32C is {checksum:08x}, and it was written with {expected:08x}")

@@ -152,7 +152,7 @@ def _chunk_file(generation: GenerationSet, array: ChunkedArray, chunk: int) -> C
     path = part.path / array.chunk_key(chunk)
     known = part.held.crc32c(array, chunk)
     # Counted here for want of it, not of the copy: a copy that went wrong has to differ.
-    return ChunkFile(path, checksum.of_file(path) if known is None else known, synced=True)
+    return ChunkFile(path, checksum.of_file(path) if known is None else known, True, array.encoding)
 
 
 def _verify(targets: Sequence[Path], generation: GenerationSet, progress: Progress) -> None:

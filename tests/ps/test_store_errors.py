@@ -239,11 +239,11 @@ def test_a_chunk_that_the_shard_file_does_not_list_is_named(stored):
 @pytest.mark.parametrize("name", ["zarr.json", "shard-0-of-1.json"])
 def test_a_generation_of_a_newer_format_is_refused(stored, name):
     store, path = stored
-    newer = (lambda d: d.update(format=2)) if name.startswith("shard") else zero_ps(
-        lambda d: d.update(format=2)
+    newer = (lambda d: d.update(format=9)) if name.startswith("shard") else zero_ps(
+        lambda d: d.update(format=9)
     )  # fmt: skip
     edit(path / name, newer)
-    with pytest.raises(NewerFormatError, match=says(str(path / name), "format 2")):
+    with pytest.raises(NewerFormatError, match=says(str(path / name), "format 9")):
         list(store.read_chunks(4))
 
 
