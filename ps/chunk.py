@@ -6,6 +6,7 @@ from collections.abc import Collection
 
 import torch
 
+from protos.names import EMA
 from ps.errors import Conflict, VersionGone
 from ps.home import IN_MEMORY, Forecast, Home
 from ps.monitor import Patience
@@ -87,8 +88,8 @@ class Chunk:
 
     @property
     def has_state(self) -> bool:
-        """Whether it has been stepped."""
-        return any(part.filled for part in self.state.values())
+        """Whether the optimizer has stepped it."""
+        return any(part.filled for name, part in self.state.items() if name != EMA)
 
     @property
     def stamp(self) -> int:

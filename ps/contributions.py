@@ -7,6 +7,7 @@ So the result does not depend on whose gradient arrived first.
 import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -28,6 +29,17 @@ class Gradient:
     chunk: Chunk
     runs: Runs | None
     values: Incoming
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What all trainers have to say alike when they state the optimizer.
+
+    reduction: how their gradients become one. ema_decay: of the average of weights, or None for none.
+    """
+
+    reduction: Literal["mean", "sum"] = "mean"
+    ema_decay: float | None = None
 
 
 @dataclass(eq=False)
@@ -62,9 +74,12 @@ class Contributions:
     epoch: how often this session discarded contributions to the job's present step that were final. Ranks
         do so together, but not at the same moment: only those of one epoch belong together.
     stepped: the last step that this session asked for, or -1.
+    terms: those of the optimizer, `stated` once this session has.
     """
 
     def __init__(self, name: str = "gradient") -> None:
+        self.terms = Terms()
+        self.stated = False
         self.name = name
         self.lock = threading.RLock()
         self.final_step = -1
@@ -266,7 +281,7 @@ class Contributions:
 
 
 def average(chunk: Chunk, by_rank: Sequence[Contributions]) -> torch.Tensor | None:
-    """The mean of the trainers' gradients, in the weight's dtype; None if nobody contributed.
+    """The mean or sum of the trainers' gradients, in the weight's dtype; None if nobody contributed.
 
     A trainer that contributed nothing counts as zero. With one trainer the result is its accumulator
     itself if that has the weight's dtype. Expects a lease of the parts, of `average_bytes` besides, and the
@@ -281,7 +296,8 @@ def average(chunk: Chunk, by_rank: Sequence[Contributions]) -> torch.Tensor | No
         total = gradients[0].to(chunk.accumulation_dtype, copy=True)
         for gradient in gradients[1:]:
             total += gradient
-        total /= len(by_rank)
+        if by_rank[0].terms.reduction == "mean":
+            total /= len(by_rank)
     return total if total.dtype == chunk.dtype else total.to(chunk.dtype)
 
 

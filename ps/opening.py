@@ -3,8 +3,12 @@
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
+from protos.names import EMA
+from ps.averages import drop_averages
 from ps.chunk import Chunk
+from ps.contributions import Terms
 from ps.errors import Conflict, InvalidRequest, SessionEnded
 from ps.job import Job
 from ps.monitor import Patience
@@ -120,7 +124,12 @@ def _move(job: Job, session: Session, staged: Part, chunk: Chunk) -> Chunk:
 
 
 def set_optimizer(
-    job: Job, session: Session, spec: OptimizerSpec, patience: Patience, trained: Sequence[int] = ()
+    job: Job,
+    session: Session,
+    spec: OptimizerSpec,
+    patience: Patience,
+    trained: Sequence[int] = (),
+    reduction: Literal["mean", "sum"] = "mean",
 ) -> None:
     """States the optimizer, and which of its parameters take gradients by now.
 
@@ -137,6 +146,7 @@ def set_optimizer(
     for parameter in trained:
         if parameter not in optimizer.group_of:
             raise InvalidRequest(f"parameter {parameter} cannot be trained: it is in no group")
+    job.steps.agree_on(session, Terms(reduction, spec.ema_decay))
     with job.shard_lock:
         if job.shard is shard:
             shard.set_trained(trained)
@@ -159,6 +169,10 @@ def _set_optimizer(job: Job, session: Session, shard: Shard, spec: OptimizerSpec
         job.steps.check_none_announced()
         if shard.optimizer is not None:
             optimizer.arrays = {**shard.optimizer.arrays, **optimizer.arrays}
+        if spec.ema_decay is None:
+            optimizer.arrays.pop(EMA, None)
+            if drop_averages(shard):
+                shard.generation = None
         shard.spec, shard.optimizer = spec, optimizer
 
 

@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 
+from protos.names import EMA
 from protos.values import Option
+from ps import averages
 from ps.chunk import Chunk
 from ps.errors import InvalidRequest
 from ps.store import OptimizerSpec, StateArray
@@ -125,7 +127,8 @@ class ChunkOptimizer:
 
     options: those of the last step that ran.
     group_of: each parameter's group, by their numbers.
-    arrays: every kind of state that the class has kept so far, by name.
+    arrays: every kind of state that the class has kept so far, by name, and the average of weights.
+    ema_decay: of that average, or None if there is none.
     """
 
     def __init__(self, spec: OptimizerSpec, num_parameters: int) -> None:
@@ -133,7 +136,8 @@ class ChunkOptimizer:
         self.class_name = spec.class_name
         if not spec.groups:
             raise InvalidRequest("an optimizer needs at least one parameter group")
-        self.arrays: dict[str, StateArray] = {}
+        self.ema_decay = spec.ema_decay
+        self.arrays: dict[str, StateArray] = {} if spec.ema_decay is None else {EMA: averages.ARRAY}
         self.group_of: dict[int, int] = {}
         for number, group in enumerate(spec.groups):
             for parameter in group.parameters:
@@ -194,7 +198,9 @@ class ChunkOptimizer:
                 weight = chunk.weight.tensor
                 weights.append(weight)
                 weight.grad = gradient
-                optimizer.state[weight] = {name: part.tensor for name, part in chunk.state.items() if part.filled}
+                optimizer.state[weight] = {
+                    name: part.tensor for name, part in chunk.state.items() if part.filled and name != EMA
+                }
                 members.setdefault(self.group_of[chunk.parameter], []).append(weight)
             optimizer.param_groups = [
                 {"params": weights, **self.options.resolved[number]} for number, weights in members.items()

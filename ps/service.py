@@ -30,6 +30,7 @@ from ps.wire import (
     decode_manifest,
     decode_optimizer,
     decode_plan,
+    decode_reduction,
     decode_step,
     encode_opened_job,
     encode_state,
@@ -183,7 +184,8 @@ class ParameterServer(zero_ps_pb2_grpc.ParameterServerServicer):
     @_call
     def SetOptimizer(self, request: pb.SetOptimizerRequest, context: grpc.ServicerContext) -> pb.SetOptimizerResponse:
         job, session = self._jobs.find(request.session_id)
-        set_optimizer(job, session, decode_optimizer(request), self._update_wait(context), request.trained)
+        spec, reduction = decode_optimizer(request), decode_reduction(request)
+        set_optimizer(job, session, spec, self._update_wait(context), request.trained, reduction)
         return pb.SetOptimizerResponse()
 
     # ------------------------------------------------------------ bytes

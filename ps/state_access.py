@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 
 from protos.names import EMA
+from ps import averages
 from ps.chunk import Chunk
 from ps.errors import Conflict, InvalidRequest, NotFound
 from ps.job import Job
@@ -34,6 +35,8 @@ def list_state(
 
 def array_of(shard: Shard, name: str) -> StateArray:
     """What is known of a kind of state. Raises Conflict and NotFound, naming those that there are."""
+    if name == EMA and shard.optimizer is None and shard.spec is not None and shard.spec.ema_decay is not None:
+        return averages.ARRAY
     if shard.optimizer is None:
         raise Conflict("the job has no optimizer yet, and so no state of one; make a RemoteOptimizer first")
     array = shard.optimizer.arrays.get(name)

@@ -10,7 +10,7 @@ import torch
 from protos.values import Option
 from ps.agreed_step import AgreedStep
 from ps.chunk import Chunk
-from ps.contributions import Contributions, Gradient, average, average_bytes, gradient_parts
+from ps.contributions import Contributions, Gradient, Terms, average, average_bytes, gradient_parts
 from ps.errors import Conflict, InvalidRequest, JobFailed, SessionEnded
 from ps.gradient_edits import GradientEdit, by_parameter
 from ps.monitor import Monitor, Patience
@@ -72,7 +72,8 @@ class Steps:
     def reset(self) -> None:
         """Discards everything, for a restore; expects the monitor to be held."""
         for id, old in self._contributions.items():
-            self._contributions[id] = Contributions(old.name)
+            new = self._contributions[id] = Contributions(old.name)
+            new.terms, new.stated = old.terms, old.stated
             old.drop()
         self._wishes.clear()
         self._abandon("a restore came")
@@ -92,6 +93,23 @@ class Steps:
             return self._contributions[session.id]
         except KeyError:
             raise SessionEnded("this session has just ended") from None
+
+    def agree_on(self, session: Session, terms: Terms) -> None:
+        """Notes a session's terms. Raises Conflict if another one has stated others."""
+        mine = self.of(session)
+        with self._monitor:
+            session.check()
+            for other in self._sessions.by_rank().values():
+                theirs = self._contributions[other.id]
+                if other is session or not theirs.stated or theirs.terms == terms:
+                    continue
+                what = "gradient_reduction" if theirs.terms.reduction != terms.reduction else "ema_decay"
+                values = [each.reduction if what != "ema_decay" else each.ema_decay for each in (theirs.terms, terms)]
+                raise Conflict(
+                    f"trainers disagree on {what}: it is {values[0]} on rank {other.rank} and {values[1]} on rank "
+                    f"{session.rank}"
+                )
+            mine.terms, mine.stated = terms, True
 
     def part(self, session: Session, chunk: Chunk) -> Part | None:
         """Where a session's gradients of a chunk add up, if it has sent any."""

@@ -16,6 +16,7 @@ from contextlib import ExitStack
 import torch
 
 from ps.agreed_step import AgreedStep
+from ps.averages import update_averages
 from ps.chunk import Chunk
 from ps.contributions import average
 from ps.monitor import Monitor, Patience
@@ -117,12 +118,14 @@ class Updater:
         with_gradient = [
             chunk for chunk in batch if chunk.parameter in optimizer.group_of and any(c.has(chunk) for c in by_rank)
         ]
+        averaged = _averaged(step.shard, optimizer, batch)
         leased: Collection[Part] = ()
         with ExitStack() as held:
-            if step.shard.tier.limited and with_gradient:
+            if step.shard.tier.limited and (with_gradient or averaged):
                 needed = of_update(with_gradient, optimizer, by_rank, step.edits)
+                needed.add_averages(chunk for chunk in averaged if chunk not in with_gradient)
                 leased = set(needed.fresh)
-                what = f"the update of {with_gradient[0].label}"
+                what = f"the update of {batch[0].label}"
                 held.enter_context(
                     step.shard.tier.lease(needed.read, needed.fresh, scratch_bytes=needed.scratch_bytes, what=what)
                 )
@@ -143,10 +146,19 @@ class Updater:
             for has_state in (True, False):
                 if part := [pair for pair in stepped if pair[0].has_state == has_state]:
                     optimizer.update(part)
+            if optimizer.ema_decay is not None:
+                update_averages(averaged, optimizer.ema_decay)
             for chunk in batch:
                 chunk.advance(changed=chunk in with_gradient, leased=leased)
                 for contributions in by_rank:
                     contributions.updated(chunk)
+
+
+def _averaged(shard: Shard, optimizer: ChunkOptimizer, chunks: Iterable[Chunk]) -> list[Chunk]:
+    """Those of which an average is kept, with or without a gradient: all that is trained."""
+    if optimizer.ema_decay is None:
+        return []
+    return [c for c in chunks if c.parameter in optimizer.group_of and shard.manifest[c.parameter].has_state]
 
 
 def _batches(shard: Shard, chunks: Iterable[Chunk]) -> Iterator[list[Chunk]]:

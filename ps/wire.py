@@ -102,7 +102,19 @@ def decode_optimizer(request: pb.SetOptimizerRequest) -> OptimizerSpec:
     if len(request.groups) > _MAX_GROUPS:
         raise InvalidRequest(f"an optimizer may have {_MAX_GROUPS} parameter groups")
     groups = (OptimizerGroup(decode_options(group.options), tuple(group.parameters)) for group in request.groups)
-    return OptimizerSpec(request.class_name, tuple(groups))
+    ema_decay = request.ema_decay if request.HasField("ema_decay") else None
+    if ema_decay is not None and not 0 <= ema_decay <= 1:
+        raise InvalidRequest(f"ema_decay has to be a number from 0 to 1, not {ema_decay}")
+    return OptimizerSpec(request.class_name, tuple(groups), ema_decay)
+
+
+def decode_reduction(request: pb.SetOptimizerRequest) -> Literal["mean", "sum"]:
+    match request.gradient_reduction:
+        case pb.GRADIENT_REDUCTION_UNSPECIFIED | pb.GRADIENT_REDUCTION_MEAN:
+            return "mean"
+        case pb.GRADIENT_REDUCTION_SUM:
+            return "sum"
+    raise InvalidRequest(f"there is no gradient reduction {request.gradient_reduction}")
 
 
 def decode_step(request: pb.StepRequest | pb.AnnounceStepRequest) -> StepWish:

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from ps.averages import average_part
 from ps.chunk import Chunk
 from ps.contributions import Contributions, average_bytes, gradient_parts
 from ps.optimizer import ChunkOptimizer
@@ -25,6 +26,13 @@ class WorkingSet:
     fresh: list[Part] = field(default_factory=list)
     scratch_bytes: int = 0
     wide: list[tuple[Contributions, Chunk, Part]] = field(default_factory=list)
+
+    def add_averages(self, chunks: Iterable[Chunk]) -> None:
+        """What the averages of weights take of chunks that are not updated."""
+        for chunk in chunks:
+            self.read.append(chunk.weight)
+            part = average_part(chunk)
+            (self.read if part.filled else self.fresh).append(part)
 
 
 def of_update(

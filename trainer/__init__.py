@@ -13,6 +13,7 @@ from trainer.clipping import clip_grad_norm_, clip_grad_value_
 from trainer.commit import Commit
 from trainer.config import OffloadConfig
 from trainer.connect import connect
+from trainer.ema import ema_weights
 from trainer.errors import (
     ConfigError,
     ConnectError,
@@ -57,6 +58,7 @@ __all__ = [
     "clip_grad_norm_",
     "clip_grad_value_",
     "connect",
+    "ema_weights",
     "gathered",
     "layer_by_layer",
     "offload",

@@ -46,6 +46,7 @@ class OffloadConfig:
         there is a process group of the job's trainers.
     process_group: of the job's trainers, for group mode: a process group or a one-dimensional `DeviceMesh`;
         None for the default group. Ranks in it have to be those of the job.
+    gradient_reduction: "mean" or "sum": how the trainers' gradients become one. The same on every rank.
     max_inflight_push_bytes: how many bytes of gradients may wait to be sent. Backward waits beyond
         that, so a slow network does not gather a whole model's gradients here.
     """
@@ -61,6 +62,7 @@ class OffloadConfig:
     module_granularity_threshold: int = 0
     param_dtype: torch.dtype | None = None
     reduce_dtype: torch.dtype | None = None
+    gradient_reduction: Literal["mean", "sum"] = "mean"
     mode: Literal["auto", "group", "direct"] = "auto"
     process_group: "ProcessGroup | DeviceMesh | None" = None
     max_inflight_push_bytes: int = 32 << 20
@@ -88,6 +90,10 @@ class OffloadConfig:
             for each in () if isinstance(chosen, bool) else chosen:
                 if not isinstance(each, str) and not (isinstance(each, type) and issubclass(each, nn.Module)):
                     raise ConfigError(f"OffloadConfig.{name} takes classes of modules and names, not {each!r}")
+        if self.gradient_reduction not in ("mean", "sum"):
+            raise ConfigError(
+                f"OffloadConfig.gradient_reduction has to be 'mean' or 'sum', not {self.gradient_reduction!r}"
+            )
         for name in ("param_dtype", "reduce_dtype"):
             dtype = getattr(self, name)
             if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):

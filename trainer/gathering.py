@@ -1,13 +1,14 @@
 """`trainer.gathered`: whole parameters outside of forward and backward, to read or to change."""
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import nn
 
 from trainer import saved
-from trainer.errors import ModifiedParameterError
+from trainer.ema import averaged
+from trainer.errors import ConfigError, ModifiedParameterError
 from trainer.offload import OffloadedModel
 from trainer.parameter import NOT_HERE, OffloadedParameter, offloaded
 from trainer.writing import write_values
@@ -16,7 +17,9 @@ Fingerprint = tuple[int, ...]
 
 
 @contextmanager
-def gathered(params: nn.Module | torch.Tensor | Iterable[torch.Tensor], *, modify: bool = False) -> Iterator[None]:
+def gathered(
+    params: nn.Module | torch.Tensor | Iterable[torch.Tensor], *, modify: bool = False, ema: bool = False
+) -> Iterator[None]:
     """Context in which parameters are whole, at the job's present step.
 
     params: a module (all of its parameters), a parameter, or several. Those that are not offloaded are
@@ -24,11 +27,22 @@ def gathered(params: nn.Module | torch.Tensor | Iterable[torch.Tensor], *, modif
     modify: keeps rank 0's changes, on the servers and on every rank; then every rank has to enter and
         leave together. What other ranks change is dropped. With `param_dtype` set only the elements
         that changed are replaced, so the fp32 masters of the others keep their precision.
+    ema: what is whole is the moving average of the weights, and the rest of the model has it, too, as in
+        `trainer.ema_weights`.
 
     Without `modify` ranks need not agree, and a change raises ModifiedParameterError on leaving, naming
     the parameter, after the change was dropped.
     """
     states = _states(params)
+    if ema:
+        if modify:
+            raise ConfigError("trainer.gathered() takes modify=True or ema=True: the average of weights is not to edit")
+        with ExitStack() as stack:
+            for model in dict.fromkeys(state.model for state in states):
+                stack.enter_context(averaged(model))
+            stack.enter_context(gathered([state.param for state in states]))
+            yield
+        return
     models = dict.fromkeys(state.model for state in states)
     groups = [(model, [state for state in states if state.model is model]) for model in models]
     for model, group in groups:

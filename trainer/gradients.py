@@ -133,6 +133,11 @@ class Gradients:
                 f"job {self._job.name!r} was opened with read_only=True, and backward gave parameter {state.name!r} a "
                 "gradient; run under torch.no_grad(), or connect without read_only"
             )
+        if self._job.transfer.weights:
+            raise ConfigError(
+                f"backward gave parameter {state.name!r} a gradient inside trainer.ema_weights(), which is for "
+                "evaluation; train outside of it"
+            )
         if self.edits:
             raise ConfigError(
                 f"backward gave parameter {state.name!r} a gradient after the gradients of this step were clipped or "

@@ -27,6 +27,8 @@ from trainer.optimizer_state import (
 from trainer.parameter import OffloadedParameter, offloaded
 from trainer.server import call_all
 
+_REDUCTIONS = {"mean": pb.GRADIENT_REDUCTION_MEAN, "sum": pb.GRADIENT_REDUCTION_SUM}
+
 
 class RemoteOptimizer(Optimizer):
     """Runs an element-wise class of `torch.optim` on the job's servers.
@@ -38,6 +40,9 @@ class RemoteOptimizer(Optimizer):
         trainer or server: its gradients are dropped and `skipped_steps` counts it. For training in bf16;
         with fp16, `torch.amp.GradScaler` does the same and scales losses, too. Each step then waits for the
         gradients of all trainers.
+    ema_decay: has servers keep an exponential moving average of the weights with this decay, as
+        `torch.optim.swa_utils.AveragedModel` with `get_ema_multi_avg_fn(ema_decay)` that is updated after every
+        step. It is committed with the job; `trainer.ema_weights` evaluates with it. None keeps none.
     defaults: the class's own arguments.
 
     skipped_steps: how many steps were not made since this object is, for that reason or a GradScaler's.
@@ -52,19 +57,28 @@ class RemoteOptimizer(Optimizer):
     """
 
     def __init__(
-        self, params: Iterable[Any], cls: type[Optimizer], *, skip_nonfinite: bool = False, **defaults: Any
+        self,
+        params: Iterable[Any],
+        cls: type[Optimizer],
+        *,
+        skip_nonfinite: bool = False,
+        ema_decay: float | None = None,
+        **defaults: Any,
     ) -> None:
         name: str = getattr(cls, "__name__", str(cls))
         if getattr(torch.optim, name, None) is not cls:
             raise ConfigError(
                 f"{name} is not a class of torch.optim; servers run its classes by name, as torch.optim.AdamW"
             )
+        if ema_decay is not None and not (isinstance(ema_decay, (int, float)) and 0 <= ema_decay <= 1):
+            raise ConfigError(f"ema_decay has to be a number from 0 to 1, as 0.999, or None, not {ema_decay!r}")
         template = cls([torch.nn.Parameter(torch.zeros(1))], **defaults)
         self._class, self._class_name = cls, name
         self._model: OffloadedModel | None = None
         self._ready = False
         self._trained: list[int] = []
         self._skip_nonfinite = skip_nonfinite
+        self.ema_decay = ema_decay
         self._skipped = 0
         super().__init__(params, template.defaults)
         self.job: Job = self._owner.job
@@ -111,7 +125,12 @@ class RemoteOptimizer(Optimizer):
                 job.servers,
                 "SetOptimizer",
                 lambda server: pb.SetOptimizerRequest(
-                    session_id=server.session_id, class_name=self._class_name, groups=groups, trained=self._trained
+                    session_id=server.session_id,
+                    class_name=self._class_name,
+                    groups=groups,
+                    trained=self._trained,
+                    gradient_reduction=_REDUCTIONS[self._owner.config.gradient_reduction],
+                    ema_decay=self.ema_decay,
                 ),
                 job.timeout,
             )
@@ -231,6 +250,8 @@ class RemoteOptimizer(Optimizer):
 
     def _check_usable(self) -> None:
         self.job.check()
+        if self.job.transfer.weights:
+            raise ConfigError("there is no step inside trainer.ema_weights(), which is for evaluation")
         self.job.last_commit.settle(block=False)
         if self._owner.optimizer != weakref.ref(self):
             raise ConfigError(

@@ -105,15 +105,17 @@ class Transfer:
     """Splits parameters into the chunks of each server and puts them together again."""
 
     def __init__(self, job: "Job") -> None:
+        # The array that stands for the weights: empty for these themselves; see `trainer.ema`.
+        self.weights = ""
         self._job = job
         self._lock = threading.Condition()
         self._inflight_bytes = 0
         self._error: BaseException | None = None
 
-    def pull(self, destinations: Sequence[Destination], version: int, array: str = "") -> Arrival:
+    def pull(self, destinations: Sequence[Destination], version: int, array: str | None = None) -> Arrival:
         """Asks for parameters at one version, in the order given: one request to each server and dtype.
 
-        array: empty for their weights, or optimizer state by its name.
+        array: optimizer state by its name; None for what stands for their weights.
         """
         futures = []
         nbytes = 0
@@ -139,7 +141,7 @@ class Transfer:
                         dtype=dtype,
                         timeout=self._job.timeout,
                         staged=group[0].remote.staged,
-                        array=array,
+                        array=self.weights if array is None else array,
                         runs=runs if any(destination.parts is not None for destination in group) else None,
                     )
                     futures.append(link.pull(pull))

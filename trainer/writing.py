@@ -27,6 +27,8 @@ def write_values(job: Job, state: OffloadedParameter, values: torch.Tensor) -> N
         raise ConfigError(
             f"job {job.name!r} was opened with read_only=True; parameter {state.name!r} cannot be changed"
         )
+    if job.transfer.weights:
+        raise ConfigError(f"parameter {state.name!r} cannot be changed inside trainer.ema_weights()")
     if job.rank != 0:
         return
     values = values.detach().to("cpu").broadcast_to(state.shape).contiguous()

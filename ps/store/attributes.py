@@ -64,6 +64,7 @@ def encode(header: GenerationHeader, state_arrays: Mapping[str, StateArray]) -> 
                     }
                     for g in optimizer.groups
                 ],
+                **({} if optimizer.ema_decay is None else {"ema_decay": optimizer.ema_decay}),
             },
             "state": {
                 name: {
@@ -189,7 +190,10 @@ def _optimizer(fields: Fields, num_parameters: int) -> OptimizerSpec | None:
                 parameters=group.integers("parameters", largest=num_parameters - 1),
             )
         )
-    return OptimizerSpec(optimizer.text("class_name"), tuple(groups))
+    ema_decay = _decode_option(optimizer, "ema_decay") if "ema_decay" in optimizer.names() else None
+    if ema_decay is not None and not (isinstance(ema_decay, float) and 0 <= ema_decay <= 1):
+        optimizer.refuse("ema_decay", f"is {ema_decay!r}, not a number from 0 to 1")
+    return OptimizerSpec(optimizer.text("class_name"), tuple(groups), ema_decay)
 
 
 # JSON has no infinities and no NaN, so these stand as objects. Lists are tuples of floats.

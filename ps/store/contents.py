@@ -45,10 +45,14 @@ class OptimizerGroup:
 
 @dataclass(frozen=True)
 class OptimizerSpec:
-    """A class of `torch.optim` by name, and its param groups."""
+    """A class of `torch.optim` by name, and its param groups.
+
+    ema_decay: of the moving average of weights that is kept, or None.
+    """
 
     class_name: str
     groups: tuple[OptimizerGroup, ...]
+    ema_decay: float | None = None
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ examples:
       the newest commit of two servers, as Hugging Face's tools read it
   zero-ps export state/a state/b --format safetensors --dtype bf16 --max-shard-size 2GB --out gpt
   zero-ps export state/a state/b --format torch --state --step 1000 --out gpt-1000
-      gpt-1000/model.pt for load_state_dict, gpt-1000/optimizer.pt for the optimizer's
+      gpt-1000/model.pt for load_state_dict, gpt-1000/optimizer.pt for the optimizer's,
+      gpt-1000/ema.pt with the average of each weight, where one is kept
   zero-ps export state/a state/b --format zarr --out gpt.zarr
 
 OUT is a folder in every case. Tied parameters are stored once, under the first of their names in the model, so

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from protos.names import EMA
 from protos.sizes import format_bytes
 from ps.store import durable
 from ps.store.contents import CommitKey
@@ -22,7 +23,7 @@ from ps.tools.safetensors_folder import SafetensorsFolder
 from ps.tools.whole import Destination, WholeTensor, copy, state_of, values_of
 
 _EXPORTED = re.compile(
-    r"(model|optimizer)(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?|model\.pt|optimizer\.pt|optimizer\.json"
+    r"(model|optimizer)(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?|(model|ema)\.pt|optimizer\.pt|optimizer\.json"
 )
 _ZARR_KEY = "zero_ps_export"
 
@@ -132,9 +133,17 @@ def _begin(
         model = TorchFile(folder / "model.pt", values, lambda found: {t.name: value for t, value in found.items()})
         if spec is None:
             return dict.fromkeys(values, model)
+        # torch keeps the average of weights in a model, not in the optimizer.
+        averages = [tensor for tensor in state if tensor.state == EMA]
+        state = [tensor for tensor in state if tensor.state != EMA]
         optimizer = TorchFile(
             folder / "optimizer.pt", state, lambda found: optimizer_state.torch_state_dict(spec, found)
         )
+        places: dict[WholeTensor, Destination] = {**dict.fromkeys(values, model), **dict.fromkeys(state, optimizer)}
+        if averages:
+            by_name = TorchFile(folder / "ema.pt", averages, lambda found: {t.name: v for t, v in found.items()})
+            places |= dict.fromkeys(averages, by_name)
+        return places
     else:
         model = SafetensorsFolder(folder, "model", values, lambda t: t.name, options.max_shard_bytes)
         if spec is None:
