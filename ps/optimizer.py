@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from protos.names import EMA
+from protos.optimizers import check_optimizer
 from protos.values import Option
 from ps import averages
 from ps.chunk import Chunk
@@ -16,27 +17,6 @@ from ps.errors import InvalidRequest
 from ps.store import OptimizerSpec, StateArray
 from ps.tier import Part
 
-ALLOWED = (
-    "SGD",
-    "Adam",
-    "AdamW",
-    "Adagrad",
-    "RMSprop",
-    "Adamax",
-    "NAdam",
-    "RAdam",
-    "Adadelta",
-    "ASGD",
-    "Rprop",
-)
-"""Classes of `torch.optim` that treat every element by itself, and so do the same on any chunk."""
-
-_REFUSED = {
-    "LBFGS": "it evaluates the whole model several times a step",
-    "Muon": "it orthogonalises whole matrices",
-    "Adafactor": "it keeps statistics of whole rows and columns",
-    "SparseAdam": "it needs sparse gradients",
-}
 _UNSUPPORTED_FLAGS = ("capturable", "differentiable")
 
 _warm_lock = threading.Lock()
@@ -50,12 +30,10 @@ def warm_up() -> None:
 
 def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
     """Raises InvalidRequest, saying why and naming the allowed classes."""
-    if name not in ALLOWED:
-        reason = f" ({_REFUSED[name]})" if name in _REFUSED else ""
-        raise InvalidRequest(
-            f"optimizer {name!r} cannot run on the servers{reason}: it has to be an element-wise class of "
-            f"torch.optim, one of {', '.join(ALLOWED)}"
-        )
+    try:
+        check_optimizer(name)
+    except ValueError as error:
+        raise InvalidRequest(str(error)) from None
     cls: type[torch.optim.Optimizer] = getattr(torch.optim, name)
     return cls
 

@@ -37,9 +37,7 @@ def averaged(model: OffloadedModel) -> Iterator[None]:
         return
     optimizer = None if model.optimizer is None else model.optimizer()
     if optimizer is not None and optimizer.ema_decay is None:
-        raise ConfigError(
-            "no average of the weights is kept: give RemoteOptimizer an ema_decay, as 0.999"
-        )
+        raise ConfigError("no average of the weights is kept: give RemoteOptimizer an ema_decay, as 0.999")
     model.job.check()
     model.announcement.check_none("trainer.ema_weights()")
     _switch(model, EMA)

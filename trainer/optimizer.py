@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from protos import values
 from protos import zero_ps_pb2 as pb
+from protos.optimizers import check_optimizer
 from trainer.errors import ConfigError, JobMismatch, RequestRefused, ServerFull
 from trainer.grad_scaling import all_finite
 from trainer.job import Job
@@ -70,6 +71,10 @@ class RemoteOptimizer(Optimizer):
             raise ConfigError(
                 f"{name} is not a class of torch.optim; servers run its classes by name, as torch.optim.AdamW"
             )
+        try:
+            check_optimizer(name)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
         if ema_decay is not None and not (isinstance(ema_decay, (int, float)) and 0 <= ema_decay <= 1):
             raise ConfigError(f"ema_decay has to be a number from 0 to 1, as 0.999, or None, not {ema_decay!r}")
         template = cls([torch.nn.Parameter(torch.zeros(1))], **defaults)

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from protos.layout import ChunkGrid
+from protos.optimizers import ALLOWED, REFUSED
 from ps.chunk import Chunk
 from ps.errors import InvalidRequest
-from ps.optimizer import ALLOWED, ChunkOptimizer, resolve_options, state_arrays
+from ps.optimizer import ChunkOptimizer, resolve_options, state_arrays
 from ps.store import OptimizerGroup, OptimizerSpec, StateArray
 
 SHAPES = [(), (1,), (7,), (1000, 3), (2000, 1111), (3_200_003,)]
@@ -146,6 +147,15 @@ def test_fused_is_used_where_torch_has_it_and_nothing_else_was_said() -> None:
 def test_classes_that_are_not_element_wise_are_refused_with_the_reason(name: str, reason: str) -> None:
     with pytest.raises(InvalidRequest, match=reason):
         resolve_options(name, {})
+
+
+def test_every_class_of_the_installed_torch_is_allowed_or_refused_with_a_reason() -> None:
+    classes = {
+        name
+        for name, value in vars(torch.optim).items()
+        if isinstance(value, type) and issubclass(value, torch.optim.Optimizer) and value is not torch.optim.Optimizer
+    }
+    assert classes == {*ALLOWED, *REFUSED}
 
 
 @pytest.mark.parametrize(

@@ -132,7 +132,9 @@ class Homemade(torch.optim.SGD):
     pass
 
 
-@pytest.mark.parametrize("cls", [torch.optim.LBFGS, torch.optim.SparseAdam, torch.optim.Adafactor, Homemade])
+@pytest.mark.parametrize(
+    "cls", [torch.optim.LBFGS, torch.optim.Muon, torch.optim.SparseAdam, torch.optim.Adafactor, Homemade]
+)
 def test_an_optimizer_that_servers_do_not_run_is_refused(cluster: LocalCluster, job_name: str, cls: type) -> None:
     with trainer.connect(cluster.addresses, job=job_name) as job:
         model = trainer.offload(seeded(Residual), job)
