@@ -54,13 +54,20 @@ class AgreedStep:
         self._ready += new
         return bool(new)
 
-    def take(self) -> list[Chunk]:
-        """The chunks to update now, which are handed out once: in the order in which they became ready, and
-        those of a complete step in the order in which trainers need them."""
+    def take(self, max_bytes: int) -> list[Chunk]:
+        """The chunks to update next, in the order in which trainers need them; each is handed out once.
+
+        Of a step that is not complete no more than so many bytes, as those that are needed sooner come later.
+        """
         if self.complete:
-            return [chunk for chunk in self.shard.update_order() if chunk.version == self.step]
-        ready, self._ready = self._ready, []
-        return ready
+            return [chunk for chunk in self.shard.schedule.update_order() if chunk.version == self.step]
+        self._ready.sort(key=self.shard.schedule.update_place)
+        taken, size = 0, 0
+        while taken < len(self._ready) and size < max_bytes:
+            size += self._ready[taken].num_bytes()
+            taken += 1
+        chunks, self._ready = self._ready[:taken], self._ready[taken:]
+        return chunks
 
     def end(self) -> None:
         """It needs no gradients any more."""

@@ -115,6 +115,10 @@ class Schedule:
         """All chunks, in the order in which the next iteration pulls them; what it does not pull comes last."""
         return list(self._update_place)
 
+    def update_place(self, chunk: Chunk) -> int:
+        """The chunk's place in that order."""
+        return self._update_place[chunk]
+
     def is_early(self, chunk: Chunk) -> bool:
         """Whether the chunk will probably be updated right after its gradient."""
         return chunk in self._early

@@ -105,10 +105,6 @@ class Shard:
         """Whether all chunks are at one version and none is about to leave it."""
         return self.updated_step == self.newest_version
 
-    def update_order(self) -> list[Chunk]:
-        """The chunks in the order in which trainers will pull them after a step."""
-        return self.schedule.update_order()
-
     def __iter__(self) -> Iterator[Chunk]:
         """The chunks in the order of the manifest."""
         return iter(self._chunks.values())

@@ -1,7 +1,7 @@
 """Runs the steps that all trainers agreed on, chunk by chunk, in the background.
 
 Of a step that was announced, chunks whose gradients are final are updated as they come, in batches of what has
-come meanwhile; the rest follows when the step is asked for, in the order in which trainers need it.
+come meanwhile; the rest follows when the step is asked for. What trainers need first is updated first.
 
 Where memory is limited, what the next batches need is read while one is stepped, and what the last ones
 have changed is written: see `ps/tier`.
@@ -75,28 +75,37 @@ class Updater:
     def _advance(self, step: AgreedStep) -> bool:
         """Updates what of a step can be updated by now. Whether there will be no more of it."""
         shard = step.shard
-        if step.moved and step.lost is not None:
+        if step.lost is None:
+            self._commits.wait_before_change(step.step, Patience.of(FLUSH_SECONDS))
+        while True:
+            with self._monitor:
+                if step.lost is not None:
+                    break
+                # What comes after this instant is submitted anew.
+                complete, chunks = step.complete, step.take(_BATCH_BYTES)
+                if chunks:
+                    step.moved = True
+                    shard.newest_version = max(shard.newest_version, step.step + 1)
+            if chunks:
+                self._update(step, chunks, early=not complete)
+            if complete:
+                self._finish(step)
+                return True
+            if not chunks:
+                return False
+        if step.moved:
             _log.warning("job %r: step %d is half done: %s", self._job, step.step, step.lost)
             shard.fail(f"step {step.step} on shard {shard.index} is half done: {step.lost}")
-            return True
-        self._commits.wait_before_change(step.step, Patience.of(FLUSH_SECONDS))
-        with self._monitor:
-            if step.lost is not None:
-                return True
-            # What comes after this instant is submitted anew.
-            complete, chunks = step.complete, step.take()
-            if chunks:
-                step.moved = True
-                shard.newest_version = max(shard.newest_version, step.step + 1)
-        self._update(step, chunks, early=not complete)
-        if complete:
-            with self._shard_lock:
-                # Also where no chunk is: what is committed has to be the same on every server.
-                shard.generation = None
-                assert shard.optimizer is not None
-                shard.optimizer.set_options(step.options)
-                shard.updated_step = step.step + 1
-        return complete
+        return True
+
+    def _finish(self, step: AgreedStep) -> None:
+        shard = step.shard
+        with self._shard_lock:
+            # Also where no chunk is: what is committed has to be the same on every server.
+            shard.generation = None
+            assert shard.optimizer is not None
+            shard.optimizer.set_options(step.options)
+            shard.updated_step = step.step + 1
 
     def _update(self, step: AgreedStep, chunks: Sequence[Chunk], *, early: bool) -> None:
         shard, optimizer = step.shard, step.shard.optimizer
