@@ -15,7 +15,7 @@ from ps.tier.buffers import Buffer, BufferPool
 from ps.tier.part import NEVER, Part
 from ps.tier.policy import Policy
 
-READ_THREADS = 6
+READ_THREADS = 8
 WRITE_THREADS = 6
 """Files in flight each way."""
 
