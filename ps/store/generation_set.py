@@ -142,7 +142,7 @@ def load(found: Sequence[FoundFolder], key: CommitKey, num_shards: int) -> Gener
         if document != documents[first]:
             raise DamagedError(
                 f"{path / METADATA_FILE} differs from {first / METADATA_FILE}, and both are of {key}: one of them "
-                f"was changed; {REMEDY}"
+                f"was changed, or their servers were started with different --compress; {REMEDY}"
             )
     header, states = attributes.decode(Fields.of_file(first / METADATA_FILE, REMEDY), 0)
     if header.num_shards != num_shards:
