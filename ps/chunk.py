@@ -7,11 +7,12 @@ from collections.abc import Collection
 import torch
 
 from protos.names import EMA
+from protos.segment import Arena
 from ps.errors import Conflict, VersionGone
 from ps.home import IN_MEMORY, Forecast, Home
 from ps.monitor import Patience
 from ps.store import ChunkFile, ChunkState
-from ps.tier import Incoming, Part
+from ps.tier import Incoming, Lent, Part
 
 
 class Chunk:
@@ -136,8 +137,21 @@ class Chunk:
             converted = byte_view(part.tensor.reshape(-1)[first:end].to(dtype))
             return bytes(converted[start - first * dtype.itemsize : stop - first * dtype.itemsize])
 
+    def lend(self, version: int, dtype: torch.dtype, arena: Arena, patience: Patience | None = None) -> Lent | None:
+        """The chunk in `dtype`, to be read where it is until it is given back; None where it cannot be.
+
+        Raises VersionGone, Conflict and MemoryError.
+        """
+        while True:
+            with self.lock:
+                self._check_version(version)
+                if (source := self.pulled(dtype)) is not None:
+                    return source.lend(arena)
+            self._convert(version, dtype, patience, arena)
+
     def write(self, values: torch.Tensor) -> None:
         """Replaces the weight by `elements` values of any dtype; expects a lease of it, and the lock to be held."""
+        self.weight.about_to_change(keep=False)
         self.weight.tensor.copy_(values.view(self.shape))
         self.weight.changed()
         self.stored = None
@@ -169,6 +183,7 @@ class Chunk:
         self.stored = None
         for copy in self.copies.values():
             if copy in leased:
+                copy.about_to_change(keep=False)
                 copy.tensor.copy_(self.weight.tensor)
                 copy.changed()
             else:
@@ -184,7 +199,8 @@ class Chunk:
         if self.version < version or not self.weight.filled:
             raise Conflict(f"version {version} of {self.label} does not exist yet")
 
-    def _convert(self, version: int, dtype: torch.dtype, patience: Patience | None) -> None:
+    def _convert(self, version: int, dtype: torch.dtype, patience: Patience | None, arena: Arena | None = None) -> None:
+        """Makes the copy in `dtype`; arena: from which to take memory that it does not have yet."""
         with self.lock:
             copy = self.copies.get(dtype)
             if copy is None:
@@ -194,6 +210,9 @@ class Chunk:
         with self.tier.lease([self.weight], [copy], what=copy.label, patience=patience), self.lock:
             self._check_version(version)
             if not copy.filled:
+                copy.about_to_change(keep=False)
+                if arena is not None:
+                    copy.allocate_in(arena)
                 copy.tensor.copy_(self.weight.tensor)
                 copy.changed()
 

@@ -6,6 +6,7 @@ import torch
 
 from protos import zero_ps_pb2 as pb
 from protos.names import EMA
+from protos.segment import Arena
 from ps.chunk import Chunk
 from ps.errors import InvalidRequest
 from ps.job import Job
@@ -17,6 +18,7 @@ from ps.sessions import Session
 from ps.shard import Shard
 from ps.state_access import Read, array_of, check_travels, dtype_of, elements_of, reader
 from ps.statuses import stream_error
+from ps.tier import Lent
 from ps.traffic import Traffic
 from ps.wire import check_convertible, decode_chunks, decode_dtype
 
@@ -73,8 +75,13 @@ def _chunks(
         job.used(session, shard, "pull", chunk, version, dtype)
         wire = dtype or chunk.dtype
         for first, end in ((0, chunk.elements),) if runs is None else runs.bounds:
-            read = _reader(chunk, version, wire, first * wire.itemsize, patience)
-            yield Block((end - first) * wire.itemsize, read)
+            offset = first * wire.itemsize
+            yield Block(
+                (end - first) * wire.itemsize,
+                _reader(chunk, version, wire, offset, patience),
+                _lender(chunk, version, wire, patience),
+                offset,
+            )
 
 
 def _arrays(
@@ -111,6 +118,10 @@ def _reader(
     chunk: Chunk, version: int, dtype: torch.dtype, offset: int, patience: Patience
 ) -> Callable[[int, int], bytes]:
     return lambda start, stop: chunk.read(version, dtype, offset + start, offset + stop, patience)
+
+
+def _lender(chunk: Chunk, version: int, dtype: torch.dtype, patience: Patience) -> Callable[[Arena], Lent | None]:
+    return lambda arena: chunk.lend(version, dtype, arena, patience)
 
 
 def _staged(job: Job, session: Session, request: pb.PullRequest, dtype: torch.dtype | None) -> Iterator[Block]:

@@ -175,9 +175,7 @@ def answer_pushes(
                     incoming = _begin(jobs, pool, request.header, cancelled)
                     # However the stream ends: what has arrived of a push that does not is of no use.
                     left.callback(incoming.abandon)
-                    for data in incoming.session.chosen.link.received(request.header):
-                        traffic.pushed(len(data))
-                        incoming.feed(data)
+                    _receive(incoming, request.header, traffic)
                 else:
                     traffic.pushed(len(request.data))
                     incoming.feed(request.data)
@@ -192,6 +190,16 @@ def answer_pushes(
             left.close()
             busy.close()
             yield response
+
+
+def _receive(incoming: _Arrival, header: pb.PushHeader, traffic: Traffic) -> None:
+    """What of a push has come with its header, over another way than messages.
+
+    A function of its own: a local of the stream would keep a trainer's memory from going with the trainer.
+    """
+    for data in incoming.session.chosen.link.received(header):
+        traffic.pushed(len(data))
+        incoming.feed(data)
 
 
 def _begin(jobs: Jobs, pool: BufferPool, header: pb.PushHeader, cancelled: Callable[[], bool]) -> _Arrival:

@@ -152,6 +152,8 @@ class Updater:
                 for edit in step.edits.get(chunk.parameter, ()):
                     edit.apply(gradient)
                 stepped.append((chunk, gradient))
+            for chunk, _ in stepped:
+                chunk.weight.about_to_change()
             for has_state in (True, False):
                 if part := [pair for pair in stepped if pair[0].has_state == has_state]:
                     optimizer.update(part)

@@ -11,7 +11,7 @@ from protos import zero_ps_pb2 as pb
 from protos.links import KINDS, parse_kinds
 from trainer.errors import ConfigError, ConnectError
 from trainer.job import Job, new_id
-from trainer.links import Candidates, Link
+from trainer.links import Candidates, Link, Shared
 from trainer.server import Server, call_all, find_servers
 from trainer.session import Session
 
@@ -59,10 +59,11 @@ def connect(
     found = find_servers(servers, connect_timeout)
     session = None
     candidates: list[Candidates] = []
+    shared = Shared()
     opened: list[Link] = []
     try:
         for server in found:
-            candidates.append(Candidates(server, kinds))
+            candidates.append(Candidates(server, shared, kinds))
         session = Session(
             found,
             [each.offers for each in candidates],
@@ -82,6 +83,7 @@ def connect(
             servers=found,
             session=session,
             links=opened,
+            outbox=shared.outbox if any(link.kind == "shm" for link in opened) else None,
             timeout=timeout,
         )
         resumed = _resume(found, session, job, timeout) if rank == 0 or read_only else {}

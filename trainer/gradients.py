@@ -94,7 +94,7 @@ class Gradients:
         self.final = False
         self._job = job
         self._config = config
-        self._memory = memory
+        self._memory = job.outbox or memory
         self._coordinator = coordinator
         self._group = group
         self._announcement = announcement

@@ -12,7 +12,7 @@ from protos import MAX_METADATA_BYTES, names
 from protos import zero_ps_pb2 as pb
 from trainer.commit import Commit
 from trainer.errors import ConfigError, ZeroPsError
-from trainer.links import Link
+from trainer.links import Link, Outbox
 from trainer.server import Server, call_all
 from trainer.session import Session
 from trainer.transfer import Transfer
@@ -48,6 +48,7 @@ class Job:
         servers: Sequence[Server],
         session: Session,
         links: Sequence[Link],
+        outbox: Outbox | None,
         timeout: float,
     ) -> None:
         self.name = name
@@ -63,6 +64,7 @@ class Job:
         self.timeout = timeout
         self.servers = servers
         self.links = links
+        self.outbox = outbox
         self.transfer = Transfer(self)
         self.model: OffloadedModel | None = None
         # Why no more steps can be made, if so.

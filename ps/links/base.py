@@ -5,10 +5,16 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from protos import zero_ps_pb2 as pb
+from protos.segment import Arena
+from ps.tier import Lent
 
 
 class LinkRefused(Exception):
     """This kind of link cannot be used; the message says why, for whoever wonders about speed."""
+
+
+def _nothing_to_lend(arena: Arena) -> Lent | None:
+    return None
 
 
 @dataclass(frozen=True)
@@ -16,10 +22,14 @@ class Block:
     """Bytes that leave together, such as a chunk's at one version.
 
     read: a range of them. Raises a ServerError when they are not what was asked for any more.
+    lend: memory that has them from its byte `start` on, to be read there until it is given back, taken from an
+        arena if it is not there already; None where there is no such memory. Raises as `read`, and MemoryError.
     """
 
     num_bytes: int
     read: Callable[[int, int], bytes]
+    lend: Callable[[Arena], Lent | None] = _nothing_to_lend
+    start: int = 0
 
 
 class Link(ABC):

@@ -8,6 +8,7 @@ from protos.links import KINDS
 from ps.errors import Conflict
 from ps.links.base import Link, LinkKind, LinkRefused
 from ps.links.grpc import GrpcKind
+from ps.links.shm import ShmKind
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,8 @@ _MAX_REASON_CHARS = 500
 def _new_kind(kind: str) -> LinkKind:
     """Raises LinkRefused where the system lacks what it takes."""
     match kind:
+        case "shm":
+            return ShmKind()
         case "grpc":
             return GrpcKind()
     raise LinkRefused("this version has no such link")

@@ -13,7 +13,7 @@ class GrpcLink(Link):
     kind = "grpc"
 
     def answer(self, blocks: Iterable[Block | None]) -> Iterator[tuple[pb.PullResponse, int]]:
-        for data in _messages(blocks):
+        for data in messages(blocks):
             yield pb.PullResponse(data=data), len(data)
 
     def received(self, header: pb.PushHeader) -> Iterator[memoryview]:
@@ -27,7 +27,8 @@ class GrpcKind(LinkKind):
         return GrpcLink()
 
 
-def _messages(blocks: Iterable[Block | None]) -> Iterator[bytes]:
+def messages(blocks: Iterable[Block | None]) -> Iterator[bytes]:
+    """The blocks' bytes back to back, cut into messages; small ones share one. At least one message."""
     parts: list[bytes] = []
     size, sent = 0, False
     for block in blocks:

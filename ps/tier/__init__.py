@@ -6,6 +6,7 @@
 from ps.tier.area import Area
 from ps.tier.incoming import Incoming
 from ps.tier.leases import Lease
+from ps.tier.lent import Lent
 from ps.tier.part import NEVER, SMALL_BYTES, Part
 from ps.tier.policy import FarthestNextUse, LeastRecentlyUsed, Policy, policy_named
 from ps.tier.read_ahead import ReadAhead
@@ -19,6 +20,7 @@ __all__ = [
     "Incoming",
     "Lease",
     "LeastRecentlyUsed",
+    "Lent",
     "Part",
     "Policy",
     "ReadAhead",

@@ -6,10 +6,12 @@ from typing import Literal
 
 import torch
 
+from protos.segment import Arena
 from ps.store import ChunkFile, checksum
 from ps.store.arrays import ChunkedArray
 from ps.tier.area import Area
 from ps.tier.buffers import Buffer, page_aligned
+from ps.tier.lent import Lent
 
 SMALL_BYTES = 64 << 10
 """What is smaller stays in memory: an access to the disk would cost more than the room it takes."""
@@ -49,6 +51,7 @@ class Part:
         "filled",
         "forecast",
         "label",
+        "lent",
         "nbytes",
         "next_use",
         "pins",
@@ -83,6 +86,8 @@ class Part:
         self.derivable = derivable
         self.filled = False
         self.plain: torch.Tensor | None = None
+        # Of `plain`, if somebody was lent it.
+        self.lent: Lent | None = None
         self.buffer: Buffer | None = None
         self.busy: Literal["loading", "writing"] | None = None
         self.discarded = False
@@ -121,6 +126,45 @@ class Part:
         if self.area is not None:
             return self.size if self.buffer is not None else 0
         return 0 if self.plain is None else self.plain.nbytes
+
+    # ------------------------------------------------------------ reading it where it is
+
+    def lend(self, arena: Arena) -> Lent | None:
+        """Has the content read where it is, until it is given back; None where the part may leave memory.
+
+        Expects the content to be there, and that nobody changes it meanwhile. Raises MemoryError.
+        """
+        if self.area is not None or self.plain is None:
+            return None
+        if self.lent is None or self.lent.tensor.data_ptr() != self.plain.data_ptr():
+            if arena.offset_of(self.plain) is None:
+                shared = self._taken_from(arena)
+                shared.copy_(self.plain)
+                self.plain = shared
+            self.lent = Lent(arena, self.plain)
+        self.lent.lend()
+        return self.lent
+
+    def allocate_in(self, arena: Arena) -> None:
+        """What will be lent is put where it can be from the start. Does nothing where there is memory already."""
+        if self.area is None and self.plain is None:
+            self.plain = self._taken_from(arena)
+
+    def about_to_change(self, *, keep: bool = True) -> None:
+        """Moves the content away from those who read it; keep: it is needed itself, and not only its room."""
+        lent = self.lent
+        if lent is None or self.plain is None or not lent.readers or lent.tensor.data_ptr() != self.plain.data_ptr():
+            return
+        try:
+            moved = self._taken_from(lent.arena)
+        except MemoryError:
+            moved = torch.empty(self.shape, dtype=self.dtype)
+        if keep:
+            moved.copy_(self.plain)
+        self.plain, self.lent = moved, None
+
+    def _taken_from(self, arena: Arena) -> torch.Tensor:
+        return arena.take(self.nbytes).view(self.dtype).view(self.shape)
 
     def hold(self, tensor: torch.Tensor) -> None:
         """Has this content from now on; expects a lease. The tensor becomes the part's if that has none."""

@@ -6,13 +6,29 @@ from protos import zero_ps_pb2 as pb
 from protos.links import KINDS
 from trainer.links.base import Candidate, Link, LinkUnusable
 from trainer.links.grpc import GrpcCandidate
+from trainer.links.outbox import Outbox
+from trainer.links.shm import ShmCandidate
 from trainer.server import Server
+
+
+class Shared:
+    """What the links of one trainer have in common.
+
+    outbox: made with the first link that needs it.
+    """
+
+    def __init__(self) -> None:
+        self.outbox: Outbox | None = None
+
+    def open_outbox(self) -> Outbox:
+        self.outbox = self.outbox or Outbox()
+        return self.outbox
 
 
 class Candidates:
     """The kinds of link that may work between this trainer and one server."""
 
-    def __init__(self, server: Server, allowed: Sequence[str] = KINDS) -> None:
+    def __init__(self, server: Server, shared: Shared, allowed: Sequence[str] = KINDS) -> None:
         """Tries what can be tried before there is a session."""
         self._server = server
         self._candidates: dict[str, Candidate] = {}
@@ -24,7 +40,7 @@ class Candidates:
                     if kind not in allowed:
                         raise LinkUnusable("the trainer does not allow it (links of trainer.connect)")
                     if kind in offered:
-                        self._candidates[kind] = _new_candidate(offered[kind])
+                        self._candidates[kind] = _new_candidate(offered[kind], shared)
                         self.offers.append(self._candidates[kind].offer())
                     else:
                         # The server knows best why.
@@ -48,9 +64,11 @@ class Candidates:
             self._candidates.popitem()[1].close()
 
 
-def _new_candidate(offered: pb.ServerLink) -> Candidate:
+def _new_candidate(offered: pb.ServerLink, shared: Shared) -> Candidate:
     """Raises LinkUnusable."""
     match offered.kind:
+        case "shm":
+            return ShmCandidate(offered.address, shared.open_outbox)
         case "grpc":
             return GrpcCandidate()
     raise LinkUnusable("this version has no such link")

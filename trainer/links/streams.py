@@ -15,10 +15,11 @@ from typing import Any, Generic, TypeVar
 import grpc
 import torch
 
-from protos import dtypes
+from protos import MESSAGE_BYTES, dtypes
 from protos import zero_ps_pb2 as pb
 from protos import zero_ps_pb2_grpc as pb_grpc
 from trainer.links.base import Link, Pull, Push, PushKind, Run
+from trainer.links.buffers import copy_bytes, read_only_tensor
 from trainer.rpc import from_rpc_error, from_stream_error
 
 _PUSH_KINDS = {
@@ -66,7 +67,10 @@ class _PendingPull:
 
 
 class StreamLink(Link):
-    """A link whose pulls and pushes are requests of the two streams. A subclass says how bytes travel."""
+    """A link whose pulls and pushes are requests of the two streams.
+
+    Bytes travel in messages here; a subclass has better ways for those that are worth it.
+    """
 
     def __init__(self, stub: pb_grpc.ParameterServerStub, address: str, session_id: str) -> None:
         self.address = address
@@ -83,14 +87,15 @@ class StreamLink(Link):
         self._pulls.close()
         self._pushes.close()
 
-    @abstractmethod
     def _unpack(self, response: pb.PullResponse) -> Iterator[torch.Tensor]:
         """What a response gives of its pull, in order, as 1-d uint8 tensors. They are read before the next one is
         asked for, and not after that."""
+        if response.data:
+            yield read_only_tensor(response.data)
 
-    @abstractmethod
     def _pack(self, push: Push, header: pb.PushHeader) -> Iterator[bytes]:
-        """The messages that follow a header, which may be added to before the first is asked for."""
+        """The messages that follow a header, which is added to before this returns."""
+        return _messages(push.sources)
 
 
 _Outgoing = TypeVar("_Outgoing")
@@ -269,3 +274,21 @@ def _parts(runs: Sequence[Sequence[Run]] | None) -> list[pb.Runs]:
         pb.Runs(starts=[start for start, _ in some], counts=[stop - start for start, stop in some])
         for some in runs or ()
     ]
+
+
+def _messages(sources: Sequence[torch.Tensor]) -> Iterator[bytes]:
+    """The sources' bytes back to back, cut into messages; small sources share a message."""
+    parts: list[bytes] = []
+    room = MESSAGE_BYTES
+    for source in sources:
+        position = 0
+        while position < source.numel():
+            count = min(room, source.numel() - position)
+            parts.append(copy_bytes(source, position, count))
+            position += count
+            room -= count
+            if room == 0:
+                yield b"".join(parts)
+                parts, room = [], MESSAGE_BYTES
+    if parts:
+        yield b"".join(parts)

@@ -1,0 +1,163 @@
+"""Memory that a server and a trainer share: how it is made, handed over, and checked before it is mapped.
+
+A segment is an anonymous file in memory (`memfd_create`). It has no name that could be left behind: it is gone
+with the last process that has it open or mapped, however that ended. Nor does the size of /dev/shm limit it.
+It is sealed, so that nobody can shrink it under the feet of those who read it.
+"""
+
+import ctypes
+import errno
+import fcntl
+import mmap
+import os
+import threading
+import warnings
+import weakref
+from collections import defaultdict, deque
+
+import torch
+
+PAGE = 4096
+
+_MAX_SEGMENT_BYTES = 1 << 46
+_KEEP_BYTES = 64 << 20
+_ADDRESS_SPACE_FACTOR = 4
+_POPULATE_WRITE = 23
+"""MADV_POPULATE_WRITE, which `mmap` does not name."""
+
+_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+
+
+class Segment:
+    """A segment of another process, to be read."""
+
+    def __init__(self, fd: int) -> None:
+        """Maps and closes `fd`. Raises ValueError for a file that could fail under its readers, and OSError."""
+        try:
+            try:
+                seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
+            except OSError:
+                seals = 0
+            size = os.fstat(fd).st_size
+            if not seals & fcntl.F_SEAL_SHRINK or not 0 < size <= _MAX_SEGMENT_BYTES:
+                raise ValueError("it is no sealed segment")
+            self._mapping = mmap.mmap(fd, size, prot=mmap.PROT_READ)
+        finally:
+            os.close(fd)
+        self._mapping.madvise(mmap.MADV_HUGEPAGE)
+        self.size = size
+        with warnings.catch_warnings():
+            # Of tensors that must not be written to: these are sources of copies.
+            warnings.simplefilter("ignore")
+            self._bytes = torch.frombuffer(self._mapping, dtype=torch.uint8)
+
+    def tensor(self, offset: int, size: int) -> torch.Tensor:
+        """A part as a 1-d uint8 tensor, which must not be written to. Raises ValueError if it is not in there."""
+        if not 0 <= offset <= offset + size <= self.size:
+            raise ValueError(f"{size} bytes at {offset} are not in a segment of {self.size}")
+        return self._bytes.narrow(0, offset, size)
+
+
+class Arena:
+    """A segment of this process's own, from which memory is taken. Safe to use from all threads.
+
+    Takes address space for several times what the machine has, and memory only for what is in use.
+
+    fd: to hand to another process, which may map it but not write to it.
+    """
+
+    def __init__(self, size: int | None = None) -> None:
+        """Raises OSError where the system gives no such memory."""
+        physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        self.size = _aligned(size or _ADDRESS_SPACE_FACTOR * physical)
+        writable = os.memfd_create("zero-ps", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            os.ftruncate(writable, self.size)
+            fcntl.fcntl(writable, fcntl.F_ADD_SEALS, _SEALS)
+            self._mapping = mmap.mmap(writable, self.size)
+            self.fd = os.open(f"/proc/self/fd/{writable}", os.O_RDONLY | os.O_CLOEXEC)
+        finally:
+            os.close(writable)
+        weakref.finalize(self, os.close, self.fd)
+        # Tables of pages are a tenth of the size, and copies run at full speed.
+        self._mapping.madvise(mmap.MADV_HUGEPAGE)
+        self._base = ctypes.addressof(ctypes.c_char.from_buffer(self._mapping))
+        self._lock = threading.Lock()
+        self._pid = os.getpid()
+        self._end = 0
+        # By size, where something of it may be put: with its memory, and without.
+        self._warm: defaultdict[int, list[int]] = defaultdict(list)
+        self._cold: defaultdict[int, list[int]] = defaultdict(list)
+        self._warm_bytes = 0
+        self.used_bytes = 0
+        # What was freed, by whichever thread let go of it last, and is still to be noted.
+        self._freed: deque[tuple[int, int]] = deque()
+
+    def take(self, nbytes: int) -> torch.Tensor:
+        """A 1-d uint8 tensor with anything in it. Its memory is free again when no tensor refers to it any more.
+
+        Raises MemoryError.
+        """
+        if os.getpid() != self._pid:
+            raise MemoryError("this process was forked from the one whose memory this is")
+        size = _aligned(max(1, nbytes))
+        with self._lock:
+            self._collect()
+            if self._warm[size]:
+                offset = self._warm[size].pop()
+                self._warm_bytes -= size
+            else:
+                offset = self._fresh(size)
+            self.used_bytes += size
+        memory = (ctypes.c_char * size).from_address(self._base + offset)
+        weakref.finalize(memory, self._free, offset, size).atexit = False
+        return torch.frombuffer(memory, dtype=torch.uint8, count=max(1, nbytes)).narrow(0, 0, nbytes)
+
+    def offset_of(self, tensor: torch.Tensor) -> int | None:
+        """Where a contiguous tensor's bytes are in this arena; None if they are elsewhere."""
+        offset = tensor.data_ptr() - self._base
+        return offset if 0 <= offset <= offset + tensor.nbytes <= self.size else None
+
+    def _fresh(self, size: int) -> int:
+        if cold := self._cold[size]:
+            offset = cold.pop()
+        elif self._end + size <= self.size:
+            offset, self._end = self._end, self._end + size
+        else:
+            raise MemoryError(f"all of the {self.size} bytes of a segment are in use")
+        try:
+            # Better an error here than a signal at the first access.
+            self._mapping.madvise(_POPULATE_WRITE, offset, size)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                self._cold[size].append(offset)
+                raise MemoryError(f"no memory for {size} bytes to share: {error.strerror}") from error
+            # Linux before 5.14 has memory come with the first access.
+        return offset
+
+    def _free(self, offset: int, size: int) -> None:
+        """Called wherever the garbage collector finds it, so that nothing may be waited for here."""
+        if os.getpid() != self._pid:
+            # A fork's copy of the tensor is gone; the parent still has its own.
+            return
+        self._freed.append((offset, size))
+        if self._lock.acquire(blocking=False):
+            try:
+                self._collect()
+            finally:
+                self._lock.release()
+
+    def _collect(self) -> None:
+        while self._freed:
+            offset, size = self._freed.popleft()
+            self.used_bytes -= size
+            if self._warm_bytes + size <= _KEEP_BYTES:
+                self._warm[size].append(offset)
+                self._warm_bytes += size
+            else:
+                self._mapping.madvise(mmap.MADV_REMOVE, offset, size)
+                self._cold[size].append(offset)
+
+
+def _aligned(size: int) -> int:
+    return -(-size // PAGE) * PAGE

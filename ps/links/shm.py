@@ -1,0 +1,235 @@
+"""The link within one host: trainers read chunks where they are, and the server reads gradients where they are."""
+
+import contextlib
+import logging
+import selectors
+import socket
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator
+
+from protos import rendezvous
+from protos import zero_ps_pb2 as pb
+from protos.segment import Arena, Segment
+from ps.errors import Cancelled, InvalidRequest
+from ps.links.base import Block, Link, LinkKind, LinkRefused
+from ps.links.grpc import messages
+from ps.tier import Lent
+
+_INLINE_BYTES = 32 << 10
+"""What is smaller costs less as a part of a message than to be lent."""
+
+_RESPONSE_BYTES = 4 << 20
+"""A trainer begins to copy so much while the server makes the next ready."""
+
+_HANDSHAKE_SECONDS = 2.0
+
+_log = logging.getLogger(__name__)
+
+
+class ShmLink(Link):
+    """Lends memory to one trainer, and takes it back as the trainer has read it, or is gone.
+
+    segment: the trainer's.
+    """
+
+    kind = "shm"
+
+    def __init__(self, arena: Arena, connection: socket.socket, segment: Segment) -> None:
+        self._arena = arena
+        self._connection = connection
+        self._segment: Segment | None = segment
+        self._lock = threading.Lock()
+        # In the order in which the trainer reads them.
+        self._lent: deque[Lent] = deque()
+        self._read = 0
+        self._closed = False
+
+    def answer(self, blocks: Iterable[Block | None]) -> Iterator[tuple[pb.PullResponse, int]]:
+        """Lends what is large and in memory; the rest travels in messages."""
+        regions: list[tuple[pb.Region, Lent]] = []
+        small: list[Block] = []
+        sent = False
+        try:
+            for block in blocks:
+                region = None if block is None or block.num_bytes < _INLINE_BYTES else self._lend(block)
+                if region is not None:
+                    regions.append(region)
+                # What came before goes before.
+                if small and (block is None or region is not None):
+                    for data in messages(small):
+                        yield pb.PullResponse(data=data), len(data)
+                    small, sent = [], True
+                if regions and (region is None or sum(r.size for r, _ in regions) >= _RESPONSE_BYTES):
+                    yield self._handed_over(regions)
+                    sent = True
+                if block is not None and region is None:
+                    small.append(block)
+            if regions:
+                yield self._handed_over(regions)
+            elif small or not sent:
+                for data in messages(small):
+                    yield pb.PullResponse(data=data), len(data)
+        finally:
+            for _, lent in regions:
+                lent.give_back()
+
+    def _lend(self, block: Block) -> tuple[pb.Region, Lent] | None:
+        try:
+            lent = block.lend(self._arena)
+        except MemoryError as error:
+            _log.warning("a chunk travels in messages: %s", error)
+            return None
+        return None if lent is None else (pb.Region(offset=lent.offset + block.start, size=block.num_bytes), lent)
+
+    def _handed_over(self, regions: list[tuple[pb.Region, Lent]]) -> tuple[pb.PullResponse, int]:
+        """The response that tells the trainer of regions, which are its own until it says that it has read them."""
+        with self._lock:
+            if self._closed:
+                raise Cancelled("the trainer has left the link")
+            self._lent.extend(lent for _, lent in regions)
+        response = pb.PullResponse(regions=[region for region, _ in regions])
+        regions.clear()
+        return response, sum(region.size for region in response.regions)
+
+    def read_so_far(self, count: int) -> None:
+        """The trainer has read so many regions since the beginning. Raises ValueError for too many."""
+        with self._lock:
+            if not self._read <= count <= self._read + len(self._lent):
+                raise ValueError(f"{count} regions cannot have been read")
+            while self._read < count:
+                self._lent.popleft().give_back()
+                self._read += 1
+
+    def received(self, header: pb.PushHeader) -> Iterator[memoryview]:
+        for region in header.regions:
+            segment = self._segment
+            if segment is None:
+                raise Cancelled("the trainer has left the link")
+            try:
+                data = segment.tensor(region.offset, region.size)
+            except ValueError as error:
+                raise InvalidRequest(f"a push names memory that the trainer does not share: {error}") from None
+            yield data.numpy().data
+
+    def close(self) -> None:
+        # First of all: a trainer that reads on and is then told nothing would take what it read for good.
+        with contextlib.suppress(OSError):
+            self._connection.shutdown(socket.SHUT_RDWR)
+        with self._lock:
+            self._closed = True
+            while self._lent:
+                self._lent.popleft().give_back()
+        # Ended sessions are remembered for long.
+        self._segment = None
+
+
+class _Connection:
+    """A trainer's end of the socket. link: once its session is open."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.socket = connection
+        self.token = ""
+        self.segment: Segment | None = None
+        self.link: ShmLink | None = None
+
+
+class ShmKind(LinkKind):
+    """The server's memory and the socket over which trainers are given it; one thread listens to all of them."""
+
+    kind = "shm"
+
+    def __init__(self) -> None:
+        """Raises LinkRefused where the system has no such memory or sockets."""
+        try:
+            self._arena = Arena()
+            self._listener, self._address = rendezvous.listen()
+        except (OSError, AttributeError) as error:
+            raise LinkRefused(f"the server cannot share memory: {error}") from error
+        self._closed = False
+        self._changed = threading.Condition()
+        # By token: trainers that have not opened their session yet.
+        self._waiting: dict[str, _Connection] = {}
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._listener, selectors.EVENT_READ)
+        self._thread = threading.Thread(target=self._listen, name="shm", daemon=True)
+        self._thread.start()
+
+    def listening(self) -> pb.ServerLink:
+        return pb.ServerLink(kind=self.kind, address=self._address)
+
+    def accept(self, offer: pb.LinkOffer) -> Link:
+        with self._changed:
+            if not self._changed.wait_for(lambda: offer.token in self._waiting, _HANDSHAKE_SECONDS):
+                raise LinkRefused("the trainer did not come to the server's socket")
+            connection = self._waiting.pop(offer.token)
+            assert connection.segment is not None
+            link = connection.link = ShmLink(self._arena, connection.socket, connection.segment)
+            connection.segment = None
+        try:
+            rendezvous.send_segment(connection.socket, "segment", self._arena.fd)
+        except OSError as error:
+            link.close()
+            raise LinkRefused(f"the server could not hand over its memory: {error}") from error
+        return link
+
+    def close(self) -> None:
+        self._closed = True
+        # Wakes the thread.
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._thread.join()
+
+    def _listen(self) -> None:
+        while not self._closed:
+            for key, _ in self._selector.select():
+                if key.data is None:
+                    self._welcome()
+                else:
+                    self._hear(key.data)
+        for key in list(self._selector.get_map().values()):
+            if key.data is not None:
+                self._end(key.data)
+        self._selector.close()
+        self._listener.close()
+
+    def _welcome(self) -> None:
+        connection = None
+        try:
+            connection, _ = self._listener.accept()
+            connection.settimeout(_HANDSHAKE_SECONDS)
+            rendezvous.check_peer(connection)
+            self._selector.register(connection, selectors.EVENT_READ, _Connection(connection))
+        except OSError as error:
+            if not self._closed:
+                _log.warning("a link was refused: %s", error)
+            if connection is not None:
+                connection.close()
+
+    def _hear(self, connection: _Connection) -> None:
+        try:
+            if connection.link is not None:
+                packet = connection.socket.recv(64)
+                if not packet:
+                    raise OSError("the trainer has left")
+                connection.link.read_so_far(rendezvous.decode_count(packet))
+                return
+            token, fd = rendezvous.receive_segment(connection.socket)
+            segment = Segment(fd)
+            with self._changed:
+                if connection.token or not token or token in self._waiting:
+                    raise ValueError("a second greeting")
+                connection.token, connection.segment = token, segment
+                self._waiting[token] = connection
+                self._changed.notify_all()
+        except (OSError, ValueError) as error:
+            if not isinstance(error, OSError):
+                _log.warning("a link was ended: %s", error)
+            self._end(connection)
+
+    def _end(self, connection: _Connection) -> None:
+        self._selector.unregister(connection.socket)
+        with self._changed:
+            self._waiting.pop(connection.token, None)
+        if connection.link is not None:
+            connection.link.close()
+        connection.socket.close()
