@@ -13,7 +13,7 @@ import os
 import threading
 import warnings
 import weakref
-from collections import defaultdict, deque
+from collections import OrderedDict, defaultdict, deque
 
 import torch
 
@@ -85,8 +85,9 @@ class Arena:
         self._lock = threading.Lock()
         self._pid = os.getpid()
         self._end = 0
-        # By size, where something of it may be put: with its memory, and without.
-        self._warm: defaultdict[int, list[int]] = defaultdict(list)
+        # What may be taken again: by offset its size, with its memory, longest unused first; and by size the
+        # offsets of what has none.
+        self._warm: OrderedDict[int, int] = OrderedDict()
         self._cold: defaultdict[int, list[int]] = defaultdict(list)
         self._warm_bytes = 0
         self.used_bytes = 0
@@ -103,8 +104,9 @@ class Arena:
         size = _aligned(max(1, nbytes))
         with self._lock:
             self._collect()
-            if self._warm[size]:
-                offset = self._warm[size].pop()
+            offset = next((offset for offset, free in reversed(self._warm.items()) if free == size), -1)
+            if offset >= 0:
+                del self._warm[offset]
                 self._warm_bytes -= size
             else:
                 offset = self._fresh(size)
@@ -151,12 +153,13 @@ class Arena:
         while self._freed:
             offset, size = self._freed.popleft()
             self.used_bytes -= size
-            if self._warm_bytes + size <= _KEEP_BYTES:
-                self._warm[size].append(offset)
-                self._warm_bytes += size
-            else:
-                self._mapping.madvise(mmap.MADV_REMOVE, offset, size)
-                self._cold[size].append(offset)
+            self._warm[offset] = size
+            self._warm_bytes += size
+        while self._warm_bytes > _KEEP_BYTES:
+            offset, size = self._warm.popitem(last=False)
+            self._warm_bytes -= size
+            self._mapping.madvise(mmap.MADV_REMOVE, offset, size)
+            self._cold[size].append(offset)
 
 
 def _aligned(size: int) -> int:

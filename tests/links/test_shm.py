@@ -1,7 +1,162 @@
-"""The shm link does what every link does."""
+"""The shm link does what every link does, and what only memory can get wrong."""
 
-from tests.links.conformance import LinkConformance
+import errno
+import os
+import socket
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import trainer
+from protos import rendezvous
+from protos import zero_ps_pb2 as pb
+from protos.segment import Arena
+from ps import LocalCluster
+from ps.links import Links
+from tests.links.conformance import TIMEOUT, LinkConformance, Peer, wait_until
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    with LocalCluster(1, lease=5) as cluster:
+        yield cluster.addresses[0]
 
 
 class TestShmLink(LinkConformance):
     kind = "shm"
+
+
+def test_memory_that_is_lent_stays_as_it_is_until_it_was_read(address: str, job_name: str) -> None:
+    """A slow reader: it is told where the bytes are, and looks only after two updates."""
+    elements = 2_000_000
+    with (
+        Peer(address, "shm", job_name, {"w": torch.zeros(elements)}) as peer,
+        Peer(address, "shm", job_name, {"w": torch.zeros(elements)}, read_only=True) as slow,
+    ):
+        target, begin = torch.full((elements,), 5.0), threading.Event()
+        unpack = slow.link._unpack
+
+        def slowly(response):
+            assert begin.wait(TIMEOUT)
+            yield from unpack(response)
+
+        slow.link._unpack = slowly
+        arriving = slow.start_pull(0, target)
+        for step in range(2):
+            peer.push(0, torch.ones(elements), step=step).result(TIMEOUT)
+            peer.step(step)
+            assert (peer.pull(0, version=step + 1) == -step - 1).all()
+        begin.set()
+        arriving.result(TIMEOUT)
+        assert (target == 0).all()
+
+
+def test_a_reader_whose_session_has_ended_learns_that_what_it_read_was_not_its_own_any_more(
+    address: str, job_name: str
+) -> None:
+    with Peer(address, "shm", job_name, {"w": torch.zeros(2_000_000)}) as peer:
+        unpack = peer.link._unpack
+        ended = threading.Event()
+
+        def late(response):
+            assert ended.wait(TIMEOUT)
+            yield from unpack(response)
+
+        peer.link._unpack = late
+        future = peer.start_pull(0, torch.empty(2_000_000))
+        peer.call("CloseSession")
+        ended.set()
+        with pytest.raises(trainer.ZeroPsError):
+            future.result(TIMEOUT)
+
+
+def test_regions_that_are_not_in_the_trainers_memory_are_refused(address: str, job_name: str) -> None:
+    with Peer(address, "shm", job_name, {"w": torch.zeros(100_000)}) as peer:
+        size = peer.job.outbox.arena.size
+        for region in (pb.Region(offset=size - 100, size=400_000), pb.Region(offset=1 << 63, size=400_000)):
+
+            def pack(push, header, region=region):
+                header.regions.append(region)
+                return iter(())
+
+            peer.link._pack = pack
+            with pytest.raises(trainer.ConfigError, match="does not share"):
+                peer.push(0, torch.ones(100_000)).result(TIMEOUT)
+        del peer.link._pack
+        peer.push(0, torch.ones(100_000)).result(TIMEOUT)
+
+
+def test_counts_that_cannot_be_right_end_the_link_and_nothing_else(address: str, job_name: str) -> None:
+    with Peer(address, "shm", job_name, {"w": torch.zeros(100_000)}) as peer:
+        peer.link._connection.send(rendezvous.encode_count(7))
+        with pytest.raises(trainer.ConnectError, match="has ended"):
+            wait_until(lambda: peer.pull(0) is None, "the link to end")
+    with Peer(address, "shm", f"{job_name}-next", {"w": torch.ones(100_000)}) as peer:
+        assert (peer.pull(0) == 1).all()
+
+
+def test_a_trainer_whose_server_is_not_there_falls_back_to_grpc_and_says_why(
+    cluster: LocalCluster, job_name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rendezvous, "this_host", lambda: "elsewhere")
+    with trainer.connect(cluster.addresses, job=job_name) as job:
+        assert [link.describe() for link in job.links] == ["grpc (shm: the server runs on another host)"] * 2
+        assert job.outbox is None
+
+
+def test_a_system_without_such_memory_falls_back_to_grpc_and_says_why(
+    cluster: LocalCluster, job_name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*arguments: object) -> int:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr(os, "memfd_create", fails)
+    with trainer.connect(cluster.addresses, job=job_name) as job:
+        assert "shm: the trainer cannot share memory: [Errno 12]" in job.links[0].describe()
+    chosen = Links().choose([pb.LinkOffer(kind="shm", token="x"), pb.LinkOffer(kind="grpc")])
+    assert chosen.link.kind == "grpc"
+    assert "the server cannot share memory" in chosen.not_chosen[0].reason
+
+
+def test_only_shm_allowed_and_not_possible_is_an_error_with_the_reason(
+    cluster: LocalCluster, job_name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rendezvous, "this_host", lambda: "elsewhere")
+    with pytest.raises(trainer.RequestRefused, match="another host"):
+        trainer.connect(cluster.addresses, job=job_name, links=["shm"])
+
+
+def test_a_token_that_nobody_brought_is_refused() -> None:
+    links = Links()
+    try:
+        chosen = links.choose([pb.LinkOffer(kind="shm", token="nobody"), pb.LinkOffer(kind="grpc")])
+        assert chosen.link.kind == "grpc" and "socket" in chosen.not_chosen[0].reason
+    finally:
+        links.close()
+
+
+def test_processes_of_another_user_are_refused() -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
+        rendezvous.check_peer(ours)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(os, "geteuid", lambda: 12345)
+            with pytest.raises(PermissionError, match="different users"):
+                rendezvous.check_peer(ours)
+
+
+def test_a_full_arena_sends_in_messages(address: str, job_name: str) -> None:
+    with Peer(address, "shm", job_name, {"w": torch.zeros(1_000_000)}) as peer:
+        taken = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Arena, "take", lambda self, nbytes: taken.append(nbytes) or _full())
+            peer.push(0, torch.ones(1_000_000)).result(TIMEOUT)
+        assert taken
+        peer.step(0)
+        assert (peer.pull(0, version=1) == -1).all()
+
+
+def _full() -> torch.Tensor:
+    raise MemoryError("full")
