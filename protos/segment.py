@@ -11,7 +11,6 @@ import fcntl
 import mmap
 import os
 import threading
-import warnings
 import weakref
 from collections import OrderedDict, defaultdict, deque
 
@@ -25,7 +24,42 @@ _ADDRESS_SPACE_FACTOR = 4
 _POPULATE_WRITE = 23
 """MADV_POPULATE_WRITE, which `mmap` does not name."""
 
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *(ctypes.c_int,) * 3, ctypes.c_long)
+_libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+_libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+
+
+class _Mapping:
+    """A file in this process's memory, for as long as this object lives. Unlike `mmap.mmap` it keeps no file open.
+
+    Raises OSError.
+    """
+
+    def __init__(self, fd: int, size: int, protection: int) -> None:
+        address = _libc.mmap(None, size, protection, mmap.MAP_SHARED, fd, 0)
+        if address == ctypes.c_void_p(-1).value:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+        self.address: int = address
+        weakref.finalize(self, _libc.munmap, address, size).atexit = False
+        # Tables of pages are a fraction of the size then, and copies run at full speed.
+        self.advise(mmap.MADV_HUGEPAGE, 0, size)
+
+    def advise(self, advice: int, offset: int, size: int) -> int:
+        """0, or the number of the error."""
+        return 0 if _libc.madvise(self.address + offset, size, advice) == 0 else ctypes.get_errno()
+
+    def block(self, offset: int, size: int) -> tuple[torch.Tensor, object]:
+        """A part as a 1-d uint8 tensor, and an object that lives as long as its memory does, as does the mapping.
+
+        Expects at least one byte.
+        """
+        memory = (ctypes.c_char * size).from_address(self.address + offset)
+        memory.mapping = self  # type: ignore[attr-defined]
+        return torch.frombuffer(memory, dtype=torch.uint8), memory
 
 
 class Segment:
@@ -41,15 +75,10 @@ class Segment:
             size = os.fstat(fd).st_size
             if not seals & fcntl.F_SEAL_SHRINK or not 0 < size <= _MAX_SEGMENT_BYTES:
                 raise ValueError("it is no sealed segment")
-            self._mapping = mmap.mmap(fd, size, prot=mmap.PROT_READ)
+            self._bytes = _Mapping(fd, size, mmap.PROT_READ).block(0, size)[0]
         finally:
             os.close(fd)
-        self._mapping.madvise(mmap.MADV_HUGEPAGE)
         self.size = size
-        with warnings.catch_warnings():
-            # Of tensors that must not be written to: these are sources of copies.
-            warnings.simplefilter("ignore")
-            self._bytes = torch.frombuffer(self._mapping, dtype=torch.uint8)
 
     def tensor(self, offset: int, size: int) -> torch.Tensor:
         """A part as a 1-d uint8 tensor, which must not be written to. Raises ValueError if it is not in there."""
@@ -63,7 +92,7 @@ class Arena:
 
     Takes address space for several times what the machine has, and memory only for what is in use.
 
-    fd: to hand to another process, which may map it but not write to it.
+    fd: to hand to another process, which may map it but not write to it; closed by `stop_handing_over`.
     """
 
     def __init__(self, size: int | None = None) -> None:
@@ -74,14 +103,11 @@ class Arena:
         try:
             os.ftruncate(writable, self.size)
             fcntl.fcntl(writable, fcntl.F_ADD_SEALS, _SEALS)
-            self._mapping = mmap.mmap(writable, self.size)
+            self._mapping = _Mapping(writable, self.size, mmap.PROT_READ | mmap.PROT_WRITE)
             self.fd = os.open(f"/proc/self/fd/{writable}", os.O_RDONLY | os.O_CLOEXEC)
         finally:
             os.close(writable)
-        weakref.finalize(self, os.close, self.fd)
-        # Tables of pages are a tenth of the size, and copies run at full speed.
-        self._mapping.madvise(mmap.MADV_HUGEPAGE)
-        self._base = ctypes.addressof(ctypes.c_char.from_buffer(self._mapping))
+        self.stop_handing_over = weakref.finalize(self, os.close, self.fd)
         self._lock = threading.Lock()
         self._pid = os.getpid()
         self._end = 0
@@ -111,13 +137,14 @@ class Arena:
             else:
                 offset = self._fresh(size)
             self.used_bytes += size
-        memory = (ctypes.c_char * size).from_address(self._base + offset)
+        tensor, memory = self._mapping.block(offset, max(1, nbytes))
+        # Calls a method of this arena, which lives at least that long.
         weakref.finalize(memory, self._free, offset, size).atexit = False
-        return torch.frombuffer(memory, dtype=torch.uint8, count=max(1, nbytes)).narrow(0, 0, nbytes)
+        return tensor.narrow(0, 0, nbytes)
 
     def offset_of(self, tensor: torch.Tensor) -> int | None:
         """Where a contiguous tensor's bytes are in this arena; None if they are elsewhere."""
-        offset = tensor.data_ptr() - self._base
+        offset = tensor.data_ptr() - self._mapping.address
         return offset if 0 <= offset <= offset + tensor.nbytes <= self.size else None
 
     def _fresh(self, size: int) -> int:
@@ -127,14 +154,11 @@ class Arena:
             offset, self._end = self._end, self._end + size
         else:
             raise MemoryError(f"all of the {self.size} bytes of a segment are in use")
-        try:
-            # Better an error here than a signal at the first access.
-            self._mapping.madvise(_POPULATE_WRITE, offset, size)
-        except OSError as error:
-            if error.errno != errno.EINVAL:
-                self._cold[size].append(offset)
-                raise MemoryError(f"no memory for {size} bytes to share: {error.strerror}") from error
-            # Linux before 5.14 has memory come with the first access.
+        # Better an error here than a signal at the first access. Linux before 5.14 knows no such advice.
+        error = self._mapping.advise(_POPULATE_WRITE, offset, size)
+        if error not in (0, errno.EINVAL):
+            self._cold[size].append(offset)
+            raise MemoryError(f"no memory for {size} bytes to share: {os.strerror(error)}")
         return offset
 
     def _free(self, offset: int, size: int) -> None:
@@ -158,7 +182,7 @@ class Arena:
         while self._warm_bytes > _KEEP_BYTES:
             offset, size = self._warm.popitem(last=False)
             self._warm_bytes -= size
-            self._mapping.madvise(mmap.MADV_REMOVE, offset, size)
+            self._mapping.advise(mmap.MADV_REMOVE, offset, size)
             self._cold[size].append(offset)
 
 

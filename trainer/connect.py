@@ -86,6 +86,8 @@ def connect(
             outbox=shared.outbox if any(link.kind == "shm" for link in opened) else None,
             timeout=timeout,
         )
+        if shared.outbox is not None:
+            shared.outbox.arena.stop_handing_over()
         resumed = _resume(found, session, job, timeout) if rank == 0 or read_only else {}
         if not read_only:
             resumed = json.loads(result.barrier("resume", json.dumps(resumed).encode(), connect_timeout)[0])

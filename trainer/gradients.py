@@ -94,7 +94,7 @@ class Gradients:
         self.final = False
         self._job = job
         self._config = config
-        self._memory = job.outbox or memory
+        self._memory = memory
         self._coordinator = coordinator
         self._group = group
         self._announcement = announcement
@@ -161,8 +161,10 @@ class Gradients:
             count = group.size * group.part_elements(count)
         nbytes = count * dtype.itemsize
         self._job.transfer.reserve(nbytes, self._config.max_inflight_push_bytes)
-        # A copy, in memory that is used again: autograd's own block goes back to the allocator at once.
-        block = self._memory.take(nbytes)
+        # A copy, in memory that is used again and that servers read over a link that can: autograd's own block goes
+        # back to the allocator at once.
+        memory = (self._job.outbox if group is None else None) or self._memory
+        block = memory.take(nbytes)
         leaving = torch.empty(0, dtype=dtype).set_(block)
         leaving[: gradient.numel()].view(gradient.shape).copy_(gradient)
         if group is not None:
@@ -177,7 +179,7 @@ class Gradients:
                 sequence=state.contributions,
                 final=final,
                 parts=parts,
-                on_sent=functools.partial(self._memory.give, block),
+                on_sent=functools.partial(memory.give, block),
             )
         state.contributions += 1
         self._sent[state] = None

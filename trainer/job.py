@@ -186,6 +186,7 @@ class Job:
             self.model.leave()
         for link in self.links:
             link.close()
+        self.outbox = None
         self._session.close()
         for server in self.servers:
             server.close()

@@ -11,7 +11,7 @@ import torch
 
 from protos import rendezvous
 from protos import zero_ps_pb2 as pb
-from protos.segment import Segment
+from protos.segment import Arena, Segment
 from trainer.errors import ConnectError
 from trainer.links.base import Candidate, LinkUnusable, Push
 from trainer.links.outbox import SMALL_BYTES, Outbox
@@ -29,8 +29,9 @@ class ShmLink(StreamLink):
 
     def __init__(self, server: Server, connection: socket.socket, segment: Segment, outbox: Outbox) -> None:
         self._connection = connection
-        self._segment = segment
-        self._outbox = outbox
+        # Both until the link is closed: whoever still holds a link then holds no memory with it.
+        self._segment: Segment | None = segment
+        self._arena: Arena | None = outbox.arena
         self._regions_read = 0
         self._leaving: dict[Future[None], Sequence[torch.Tensor]] = {}
         super().__init__(server.stub, server.address, server.session_id)
@@ -51,14 +52,17 @@ class ShmLink(StreamLink):
         with contextlib.suppress(OSError):
             self._connection.shutdown(socket.SHUT_RDWR)
         self._connection.close()
+        self._segment = self._arena = None
 
     def _unpack(self, response: pb.PullResponse) -> Iterator[torch.Tensor]:
         if response.data:
             yield from super()._unpack(response)
         if not response.regions:
             return
+        if (segment := self._segment) is None:
+            raise ConnectError(f"server {self.address}: the link was closed")
         for region in response.regions:
-            yield self._segment.tensor(region.offset, region.size)
+            yield segment.tensor(region.offset, region.size)
         self._regions_read += len(response.regions)
         try:
             # This is also how a trainer finds out that the memory was still its own to read: a server that has
@@ -71,7 +75,8 @@ class ShmLink(StreamLink):
             ) from error
 
     def _pack(self, push: Push, header: pb.PushHeader) -> Iterator[bytes]:
-        offsets = [self._outbox.arena.offset_of(source) for source in push.sources]
+        arena = self._arena
+        offsets = [None if arena is None else arena.offset_of(source) for source in push.sources]
         if not push.sources or None in offsets:
             return super()._pack(push, header)
         header.regions.extend(
@@ -81,10 +86,9 @@ class ShmLink(StreamLink):
 
     def _shared(self, sources: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         """The sources, where the server can read them if that is worth a copy."""
-        size = sum(source.numel() for source in sources)
-        if not SMALL_BYTES <= size <= _MAX_COPY_BYTES:
+        arena, size = self._arena, sum(source.numel() for source in sources)
+        if arena is None or not SMALL_BYTES <= size <= _MAX_COPY_BYTES:
             return sources
-        arena = self._outbox.arena
         try:
             return [source if arena.offset_of(source) is not None else _copy(source, arena.take) for source in sources]
         except MemoryError:
