@@ -75,7 +75,8 @@ class Segment:
             size = os.fstat(fd).st_size
             if not seals & fcntl.F_SEAL_SHRINK or not 0 < size <= _MAX_SEGMENT_BYTES:
                 raise ValueError("it is no sealed segment")
-            self._bytes = _Mapping(fd, size, mmap.PROT_READ).block(0, size)[0]
+            self._mapping = _Mapping(fd, size, mmap.PROT_READ)
+            self._bytes = self._mapping.block(0, size)[0]
         finally:
             os.close(fd)
         self.size = size
@@ -85,6 +86,11 @@ class Segment:
         if not 0 <= offset <= offset + size <= self.size:
             raise ValueError(f"{size} bytes at {offset} are not in a segment of {self.size}")
         return self._bytes.narrow(0, offset, size)
+
+    def done_with(self, offset: int, size: int) -> None:
+        """A part was read. It no longer counts as this process's memory, which it is not."""
+        begin = offset // PAGE * PAGE
+        self._mapping.advise(mmap.MADV_DONTNEED, begin, _aligned(offset + size) - begin)
 
 
 class Arena:

@@ -63,6 +63,7 @@ class ShmLink(StreamLink):
             raise ConnectError(f"server {self.address}: the link was closed")
         for region in response.regions:
             yield segment.tensor(region.offset, region.size)
+            segment.done_with(region.offset, region.size)
         self._regions_read += len(response.regions)
         try:
             # This is also how a trainer finds out that the memory was still its own to read: a server that has
