@@ -45,7 +45,7 @@ class _Mapping:
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
         self.address: int = address
         weakref.finalize(self, _libc.munmap, address, size).atexit = False
-        # Tables of pages are a fraction of the size then, and copies run at full speed.
+        # Where the system has them for shared memory.
         self.advise(mmap.MADV_HUGEPAGE, 0, size)
 
     def advise(self, advice: int, offset: int, size: int) -> int:
@@ -66,31 +66,46 @@ class Segment:
     """A segment of another process, to be read."""
 
     def __init__(self, fd: int) -> None:
-        """Maps and closes `fd`. Raises ValueError for a file that could fail under its readers, and OSError."""
+        """Takes over `fd`. Raises ValueError for a file that could fail under its readers, and OSError."""
+        self._fd = fd
+        self.close = weakref.finalize(self, os.close, fd)
         try:
             try:
                 seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
             except OSError:
                 seals = 0
-            size = os.fstat(fd).st_size
-            if not seals & fcntl.F_SEAL_SHRINK or not 0 < size <= _MAX_SEGMENT_BYTES:
+            self.size = os.fstat(fd).st_size
+            if not seals & fcntl.F_SEAL_SHRINK or not 0 < self.size <= _MAX_SEGMENT_BYTES:
                 raise ValueError("it is no sealed segment")
-            self._mapping = _Mapping(fd, size, mmap.PROT_READ)
-            self._bytes = self._mapping.block(0, size)[0]
-        finally:
-            os.close(fd)
-        self.size = size
+        except BaseException:
+            self.close()
+            raise
+        self._bytes: torch.Tensor | None = None
+
+    def read(self, offset: int, target: torch.Tensor) -> None:
+        """Copies a part to a contiguous 1-d uint8 CPU tensor. Raises ValueError if it is not in there.
+
+        Without mapping it: pages that are mapped count as the reader's memory, and to map them for each copy takes
+        longer than the system takes to copy them.
+        """
+        self._check(offset, target.numel())
+        view = memoryview((ctypes.c_char * target.numel()).from_address(target.data_ptr())).cast("B")
+        while view:
+            count = os.preadv(self._fd, [view], offset)
+            if not count:
+                raise ValueError(f"a segment ends at {offset}")
+            view, offset = view[count:], offset + count
 
     def tensor(self, offset: int, size: int) -> torch.Tensor:
         """A part as a 1-d uint8 tensor, which must not be written to. Raises ValueError if it is not in there."""
-        if not 0 <= offset <= offset + size <= self.size:
-            raise ValueError(f"{size} bytes at {offset} are not in a segment of {self.size}")
+        self._check(offset, size)
+        if self._bytes is None:
+            self._bytes = _Mapping(self._fd, self.size, mmap.PROT_READ).block(0, self.size)[0]
         return self._bytes.narrow(0, offset, size)
 
-    def done_with(self, offset: int, size: int) -> None:
-        """A part was read. It no longer counts as this process's memory, which it is not."""
-        begin = offset // PAGE * PAGE
-        self._mapping.advise(mmap.MADV_DONTNEED, begin, _aligned(offset + size) - begin)
+    def _check(self, offset: int, size: int) -> None:
+        if not 0 <= offset <= offset + size <= self.size:
+            raise ValueError(f"{size} bytes at {offset} are not in a segment of {self.size}")
 
 
 class Arena:
