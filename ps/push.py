@@ -226,9 +226,11 @@ def _gradient(
     chunks = decode_chunks(shard, header.chunks)
     dtype = check_gradient(shard, chunks, decode_dtype(header.dtype))
     parts = list(zip(chunks, decode_runs(header.parts, chunks), strict=True))
+    patience = Patience.of(_UPDATE_WAIT_SECONDS, cancelled)
+    # A chunk that was updated early can have a gradient of the next step before the others are done with this one.
+    job.steps.catch_up(session, shard, step, patience)
     if step > shard.step:
         raise Conflict(f"a gradient of step {step} came while job {job.name!r} is at step {shard.step}")
-    patience = Patience.of(_UPDATE_WAIT_SECONDS, cancelled)
     for chunk in chunks:
         job.wait_for_version(session, shard, chunk, step, patience)
         # One that is sent again may find its chunk updated.

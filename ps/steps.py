@@ -335,9 +335,10 @@ class Steps:
                 raise Conflict(
                     f"rank {session.rank} takes back its announcement of step {step} after it sent a final gradient"
                 )
+            # Else it was refused, and the others have still to hear why.
             if self._wishes.pop(session.rank, None) is not None:
                 self._abandon(f"rank {session.rank} took its announcement back")
-            self._disagreement = None
+                self._disagreement = None
             self._monitor.changed()
 
     def check_none_announced(self) -> None:

@@ -1,5 +1,6 @@
 """Announced steps: chunks are updated as soon as their gradients are final, and never a part of a step is kept."""
 
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -96,6 +97,28 @@ def test_a_rank_may_zero_what_was_updated_while_another_one_still_computes(addre
         client.step(1)
     assert torch.equal(slow.pull(0, version=2), -ONES)
     assert torch.equal(slow.pull(1, version=2), -ONES)
+
+
+def test_a_rank_may_be_a_whole_backward_ahead_of_another_where_chunks_allow_it(address: str, job_name: str) -> None:
+    """It uses a part of the model, which is updated already."""
+    fast, slow = start_job(address, TWO, job=job_name, world_size=2, lr=1.0)
+    for client in (fast, slow):
+        client.announce()
+        client.push_gradient(0, ONES, final=True)
+    fast.step(0)
+    fast.pull(0, version=1)
+    fast.call("ZeroGrad", step=1)
+    with ThreadPoolExecutor() as pool:
+        ahead = pool.submit(fast.push_gradient, 0, ONES, step=1)
+        time.sleep(0.2)
+        assert not ahead.done()
+        slow.step(0)
+        ahead.result(20)
+    slow.call("ZeroGrad", step=1)
+    for client in (fast, slow):
+        client.step(1)
+    assert torch.equal(slow.pull(0, version=2), -1.5 * ONES)
+    assert torch.equal(slow.pull(1, version=2), TWO["b"])
 
 
 def test_early_updates_give_the_bits_of_plain_torch(address: str, job_name: str) -> None:
