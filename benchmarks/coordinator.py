@@ -3,7 +3,8 @@
 Steps of a GPT of 151 M parameters in bf16 with fp32 AdamW, two servers on the same machine: with prefetching
 and without it, and in plain torch. Sides take turns in blocks of steps. Within a block each step begins
 while the servers still update for the one before, as in training; blocks do not overlap. What the model
-waits for is then transfers or updates; on the side "prefetch, after the update" it is transfers alone.
+waits for is then transfers or updates; on the side "prefetch, after the update" it is transfers alone. Updates
+begin during backward, but for the side "prefetch, updated after backward".
 
 Then stacks of tiny layers, where nothing is computed and next to nothing moves: processor time spent in the
 coordinator for each call of a module.
@@ -15,7 +16,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,9 +38,13 @@ CONFIGS = {
     "prefetch, released after each use": trainer.OffloadConfig(max_reuse_distance=0),
     "on demand": trainer.OffloadConfig(prefetch_bucket_size=0, max_reuse_distance=0),
     "prefetch, after the update": trainer.OffloadConfig(),
+    "prefetch, updated after backward": trainer.OffloadConfig(),
 }
 SETTLED = "prefetch, after the update"
 """Steps here begin when the servers are done with the one before."""
+
+LATE = "prefetch, updated after backward"
+"""Servers do not know of a backward here that it is the last one of its step."""
 
 PLAIN = "plain torch"
 
@@ -91,7 +96,9 @@ def _steps(work: str, quick: bool) -> list[report.Row]:
                 sides[PLAIN].steps.append(plain.step(x, y))
             del sides[PLAIN].steps[-WARM_UP - steps : -steps]
             for name, offload_config in CONFIGS.items():
-                _block(model, job, offload_config, x, y, steps, sides[name], settled=name == SETTLED)
+                _block(
+                    model, job, offload_config, x, y, steps, sides[name], settled=name == SETTLED, early=name != LATE
+                )
     return _step_rows(work, sides, bar=0.9 if work == "compute-bound" and not quick else None)
 
 
@@ -130,10 +137,11 @@ def _block(
     figures: Figures,
     *,
     settled: bool,
+    early: bool,
 ) -> None:
     """Offloads the model, makes a few steps, and takes it back whole, which waits for the last update.
 
-    settled: waits for it before each step, too.
+    settled: waits for it before each step, too. early: lets servers update during backward.
     """
     trainer.offload(model, job, config)
     optimizer = trainer.RemoteOptimizer(model.parameters(), torch.optim.AdamW, lr=1e-4)
@@ -150,7 +158,7 @@ def _block(
         before = trainer.report(model)
         begin = time.perf_counter()
         loss = model(x, y)
-        with optimizer.last_backward():
+        with optimizer.last_backward() if early else nullcontext():
             loss.backward()
         optimizer.step()
         optimizer.zero_grad()
