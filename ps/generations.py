@@ -30,7 +30,6 @@ from ps.store import (
     Written,
     read_tensor,
 )
-from ps.store.contents import ParameterKind
 from ps.tier import Area, Part, Tier
 
 SAVED_TOGETHER = 16
@@ -118,8 +117,9 @@ class Generations:
         spec = shard.stated_optimizer()
         state_codec = self._codecs.get("state")
         arrays = {name: replace(array, codec=state_codec) for name, array in self._arrays(shard, spec).items()}
-        kinds: Mapping[ParameterKind, str] = {"parameter": "weight", "buffer": "buffer"}
-        manifest = tuple(replace(p, codec=self._codecs.get(kinds[p.kind])) for p in shard.manifest)
+        manifest = tuple(
+            replace(p, codec=self._codecs.get("weight" if p.kind == "parameter" else "buffer")) for p in shard.manifest
+        )
         header = GenerationHeader(self._job, key, self._index, self._num_shards, manifest, spec, metadata)
         return Snapshot(shard, header, arrays, Flush(f"the commit of step {key.step}", key.step, shard, monitor))
 

@@ -11,7 +11,7 @@ import google_crc32c
 import pytest
 import torch
 
-from ps.store import ChunkFile, ChunkState, CommitKey, DamagedError, JobStore, StateArray, StoredParameter
+from ps.store import ChunkFile, ChunkState, CommitKey, DamagedError, JobStore, StateArray, StoredParameter, checksum
 from ps.store.chunk_files import ChunkFiles, Span
 from ps.store.testing import ADAM_STATE, Model
 
@@ -183,6 +183,28 @@ def test_files_on_another_disk_are_copied(tmp_path):
         file.unlink()
     (chunk,) = store.read_chunks(0)
     assert torch.equal(chunk.weight, model.values[0])
+
+
+def test_a_file_that_the_disk_cannot_read_fails_the_write_and_is_named(stored, monkeypatch):
+    """Of a spill file whose checksum nobody knows, all of it is read."""
+    store, first = stored
+    sources = [
+        ChunkState(c.parameter, c.chunk, ChunkFile(c.weight.path), {n: ChunkFile(f.path) for n, f in c.state.items()})
+        for c in store.chunk_files(1)
+    ]
+    whole = checksum.of_file
+
+    def failing(file: Path) -> int:
+        if file == first / KEY:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return whole(file)
+
+    monkeypatch.setattr(checksum, "of_file", failing)
+    with pytest.raises(
+        DamagedError, match=rf"cannot read {re.escape(str(first / KEY))}: Input/output error; what was "
+    ):
+        write(store, 2, sources)
+    assert store.committed_steps() == [1] and same(store, 1)
 
 
 def test_a_file_that_is_gone_or_cut_fails_the_write_and_is_named(stored, tmp_path):
