@@ -52,6 +52,7 @@ class Iteration:
     zero: how gradients are dropped: before the backwards, after the step, by the module, to zeros, or not.
     clip: calls of clip functions, by name and arguments.
     freeze: what becomes of the layer `frozen`; None leaves it.
+    announced: whether the last backward is said to be so, where nothing comes between it and the step.
     """
 
     micro_batches: int = 1
@@ -61,6 +62,7 @@ class Iteration:
     freeze: bool | None = None
     add_group: bool = False
     weight_decay: float | None = None
+    announced: bool = False
 
 
 @dataclass(frozen=True)
@@ -158,9 +160,11 @@ def run(
             optimizer.param_groups[1]["weight_decay"] = iteration.weight_decay
         if iteration.zero == "before":
             optimizer.zero_grad()
-        for _ in range(iteration.micro_batches):
+        for part in range(iteration.micro_batches):
             loss = model(torch.randn(4, 7, generator=generator), iteration.often)
-            (loss / iteration.micro_batches).backward()
+            last = part == iteration.micro_batches - 1 and iteration.announced and not iteration.clip
+            with getattr(optimizer, "last_backward", contextlib.nullcontext)() if last else contextlib.nullcontext():
+                (loss / iteration.micro_batches).backward()
             shown.append(loss.item())
         for name, arguments in iteration.clip:
             norm = clip[name](model.parameters(), *arguments)
@@ -256,6 +260,7 @@ def iterations(clip: "st.SearchStrategy[Any]") -> "st.SearchStrategy[Iteration]"
         freeze=st.sampled_from([None, None, True, False]),
         add_group=st.booleans(),
         weight_decay=st.sampled_from([None, None, 0.0, 0.1]),
+        announced=st.booleans(),
     )
 
 
