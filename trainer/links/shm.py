@@ -5,7 +5,7 @@ import secrets
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
@@ -15,7 +15,7 @@ from protos.segment import Arena, Segment
 from trainer.errors import ConnectError
 from trainer.links.base import Candidate, LinkUnusable, Push
 from trainer.links.outbox import SMALL_BYTES, Outbox
-from trainer.links.streams import Source, StreamLink
+from trainer.links.streams import StreamLink
 from trainer.server import Server
 
 _HANDSHAKE_SECONDS = 5.0
@@ -54,7 +54,7 @@ class ShmLink(StreamLink):
         self._connection.close()
         self._segment = self._arena = None
 
-    def _unpack(self, response: pb.PullResponse) -> Iterator[Source]:
+    def _unpack(self, response: pb.PullResponse) -> Iterator[torch.Tensor]:
         if response.data:
             yield from super()._unpack(response)
         if not response.regions:
@@ -62,7 +62,7 @@ class ShmLink(StreamLink):
         if (segment := self._segment) is None:
             raise ConnectError(f"server {self.address}: the link was closed")
         for region in response.regions:
-            yield _Region(segment, region.offset, region.size)
+            yield segment.tensor(region.offset, region.size)
         self._regions_read += len(response.regions)
         try:
             # This is also how a trainer finds out that the memory was still its own to read: a server that has
@@ -93,18 +93,6 @@ class ShmLink(StreamLink):
             return [source if arena.offset_of(source) is not None else _copy(source, arena.take) for source in sources]
         except MemoryError:
             return sources
-
-
-@dataclass(frozen=True)
-class _Region:
-    segment: Segment
-    offset: int
-    size: int
-
-    def copy(self, start: int, target: torch.Tensor) -> None:
-        # Beyond the region is other memory of the server, which may change.
-        assert start + target.numel() <= self.size
-        self.segment.read(self.offset + start, target)
 
 
 class ShmCandidate(Candidate):

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 import grpc
 import torch
@@ -30,25 +30,6 @@ _PUSH_KINDS = {
 }
 
 
-class Source(Protocol):
-    """`size` bytes that have come."""
-
-    @property
-    def size(self) -> int: ...
-
-    def copy(self, start: int, target: torch.Tensor) -> None:
-        """Fills a contiguous 1-d uint8 CPU tensor with those from `start` on."""
-
-
-class _Message:
-    def __init__(self, data: bytes) -> None:
-        self.size = len(data)
-        self._tensor = read_only_tensor(data)
-
-    def copy(self, start: int, target: torch.Tensor) -> None:
-        target.copy_(self._tensor.narrow(0, start, target.numel()))
-
-
 @dataclass
 class _PendingPull:
     request_id: int
@@ -65,15 +46,16 @@ class _PendingPull:
     def complete(self) -> bool:
         return self.index >= len(self.destinations)
 
-    def receive(self, source: Source) -> None:
+    def receive(self, source: torch.Tensor) -> None:
         """Scatters bytes over the destinations; they may span several of them."""
+        size = source.numel()
         position = 0
-        while position < source.size:
+        while position < size:
             if self.complete:
-                raise ValueError(f"{source.size - position} bytes more than were asked for")
+                raise ValueError(f"{size - position} bytes more than were asked for")
             destination = self.destinations[self.index]
-            count = min(source.size - position, destination.numel() - self.offset)
-            source.copy(position, destination.narrow(0, self.offset, count))
+            count = min(size - position, destination.numel() - self.offset)
+            destination.narrow(0, self.offset, count).copy_(source.narrow(0, position, count))
             position += count
             self.offset += count
             self._skip_full()
@@ -105,10 +87,11 @@ class StreamLink(Link):
         self._pulls.close()
         self._pushes.close()
 
-    def _unpack(self, response: pb.PullResponse) -> Iterator[Source]:
-        """What a response gives of its pull, in order. Each is read before the next one is asked for."""
+    def _unpack(self, response: pb.PullResponse) -> Iterator[torch.Tensor]:
+        """What a response gives of its pull, in order, as 1-d uint8 tensors. They are read before the next one is
+        asked for, and not after that."""
         if response.data:
-            yield _Message(response.data)
+            yield read_only_tensor(response.data)
 
     def _pack(self, push: Push, header: pb.PushHeader) -> Iterator[bytes]:
         """The messages that follow a header, which is added to before this returns."""
