@@ -104,6 +104,8 @@ def _arrays(
         array = array_of(shard, request.array)
         if request.array != EMA:
             check_travels([chunk], array, dtype)
+        if runs is not None and not array.per_element:
+            raise InvalidRequest(f"{array.name} of {chunk.label} is one element and has no parts")
         wire = dtype or dtype_of(chunk, array)
         read = reader(chunk, array, version, wire, patience)
         for first, end in ((0, elements_of(chunk, array)),) if runs is None else runs.bounds:

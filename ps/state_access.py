@@ -34,7 +34,7 @@ def list_state(
 
 
 def array_of(shard: Shard, name: str) -> StateArray:
-    """What is known of a kind of state. Raises Conflict and NotFound, naming those that there are."""
+    """What is known of a kind of state. Raises Conflict, InvalidRequest and NotFound, naming those that there are."""
     if name == EMA and shard.optimizer is None and shard.spec is not None and shard.spec.ema_decay is not None:
         return averages.ARRAY
     if shard.optimizer is None:
@@ -44,7 +44,9 @@ def array_of(shard: Shard, name: str) -> StateArray:
         raise NotFound("the job keeps no moving average of its weights; give RemoteOptimizer an ema_decay")
     if array is None:
         known = ", ".join(sorted(shard.optimizer.arrays)) or "nothing"
-        raise NotFound(f"torch.optim.{shard.optimizer.class_name} keeps no {name!r} under its options, but {known}")
+        raise InvalidRequest(
+            f"torch.optim.{shard.optimizer.class_name} keeps no {name[:80]!r} under its options, but {known}"
+        )
     return array
 
 

@@ -16,6 +16,7 @@ from ps.plan import MAX_USES
 from tests.ps.client import Client, StreamError, error_of, spec, start_job
 
 INVALID = grpc.StatusCode.INVALID_ARGUMENT
+SGD = {"class_name": "SGD", "groups": [pb.OptimizerGroup(parameters=[0])]}
 W = {"w": torch.arange(4.0), "n": torch.arange(3)}
 
 
@@ -113,6 +114,19 @@ def client(address: str, job_name: str) -> Client:
         ("Barrier", {"tag": ""}, INVALID),
         ("Barrier", {"tag": "x" * 1000}, INVALID),
         ("Barrier", {"tag": "t", "payload": bytes(17 << 20)}, INVALID),
+        ("ListState", {"parameters": [9]}, INVALID),
+        ("ListState", {"version": -1}, grpc.StatusCode.FAILED_PRECONDITION),
+        ("ListState", {"version": 1, "timeout_seconds": 0.1}, grpc.StatusCode.DEADLINE_EXCEEDED),
+        ("ListState", {"timeout_seconds": -1.0}, INVALID),
+        ("ClearState", {}, INVALID),
+        ("ClearState", {"parameters": [9]}, INVALID),
+        ("ClearState", {"parameters": [0], "step": 5}, grpc.StatusCode.FAILED_PRECONDITION),
+        ("GradNorm", {"norm_type": 2.0, "edits": [pb.GradEdit(parameters=[9], scale=1.0)]}, INVALID),
+        ("GradNorm", {"norm_type": 2.0, "edits": [pb.GradEdit(parameters=[0])]}, INVALID),
+        ("SetOptimizer", SGD | {"ema_decay": 1.5}, INVALID),
+        ("SetOptimizer", SGD | {"ema_decay": float("nan")}, INVALID),
+        ("SetOptimizer", SGD | {"gradient_reduction": 9}, INVALID),
+        ("SetOptimizer", SGD | {"trained": [1]}, INVALID),
         ("SetOptimizer", {"class_name": "SGD"}, INVALID),
         ("SetOptimizer", {"class_name": "SGD", "groups": [pb.OptimizerGroup(parameters=[5])]}, INVALID),
     ],
@@ -134,6 +148,9 @@ def test_calls(client: Client, method: str, fields: dict, code: grpc.StatusCode)
         {"kind": pb.PushHeader.KIND_GRADIENT, "chunks": [pb.ChunkRef(chunk=4)]},
         {"kind": pb.PushHeader.KIND_GRADIENT, "chunks": [pb.ChunkRef()] * 2},
         {"kind": pb.PushHeader.KIND_WEIGHT, "dtype": pb.DTYPE_BOOL},
+        {"kind": pb.PushHeader.KIND_STATE},
+        {"kind": pb.PushHeader.KIND_STATE, "array": "exp_avg"},
+        {"kind": pb.PushHeader.KIND_STATE, "array": "../weight", "chunks": [pb.ChunkRef(chunk=4)]},
         {"kind": pb.PushHeader.KIND_STAGED},
         {"kind": pb.PushHeader.KIND_STAGED, "chunk_bytes": [3]},
         {"kind": pb.PushHeader.KIND_STAGED, "chunk_bytes": [1 << 60]},
@@ -161,6 +178,9 @@ def test_pushes(client: Client, fields: dict) -> None:
         ({"chunks": [pb.ChunkRef(chunk=9)]}, INVALID),
         ({"chunks": [pb.ChunkRef()] * 2}, INVALID),
         ({"staged": True}, INVALID),
+        ({"array": "exp_avg"}, INVALID),
+        ({"array": "../weight"}, INVALID),
+        ({"array": "ema"}, grpc.StatusCode.NOT_FOUND),
         ({"session_id": "x"}, grpc.StatusCode.NOT_FOUND),
         ({"version": 1 << 62}, grpc.StatusCode.DEADLINE_EXCEEDED),
     ],

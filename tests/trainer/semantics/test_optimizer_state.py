@@ -56,6 +56,8 @@ def make(name: str) -> tuple[scripts.Mixed, list[dict[str, Any]], type[torch.opt
 
 @pytest.mark.parametrize("name", CLASSES)
 def test_state_goes_to_plain_torch_and_comes_from_it(servers: LocalCluster, name: str) -> None:
+    if len(servers.addresses) == 2 and name not in ("SGD", "Adam", "RMSprop"):
+        pytest.skip("these three have state of every kind")
     plain, groups, cls, options = make(name)
     expected = cls(groups, **options)
     loop(plain, expected, range(4))
