@@ -2,10 +2,11 @@
 
 from collections.abc import Iterable
 
-KINDS = ("shm", "grpc")
+KINDS = ("shm", "gloo", "grpc")
 """Every kind, the best first.
 
-shm: memory that both processes share, on one host. grpc: messages over the connection that carries control;
+shm: memory that both processes share, on one host. gloo: a process group of the two, over TCP.
+grpc: messages over the connection that carries control;
 the one that always works.
 """
 

@@ -124,6 +124,12 @@ def _parser() -> argparse.ArgumentParser:
         help="compress chunk files of commits, by kind of array: weight, buffer or state (the optimizer's); the codec "
         "is zstd. The same for all servers of a set (default: none)",
     )
+    serve.add_argument(
+        "--advertise",
+        metavar="HOST",
+        help="name or address of this machine under which trainers reach it, where that is not the one that they "
+        "connect to: gloo links listen there (default: the one that each trainer uses)",
+    )
     serve.add_argument("--eviction", choices=("plan", "lru"), default="plan", help=argparse.SUPPRESS)
     serve.add_argument("--stop-on-stdin-eof", action="store_true", help=argparse.SUPPRESS)
 
@@ -167,6 +173,7 @@ def _serve(options: argparse.Namespace) -> int:
         eviction=options.eviction,
         codecs=options.compress,
         links=options.links,
+        advertise=options.advertise,
     )
     try:
         serve(

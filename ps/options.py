@@ -17,6 +17,8 @@ class ServerOptions:
     codecs: what chunk files of commits are compressed with, by kind of array: 'weight', 'buffer', 'state'. The same
         on all servers of a set.
     links: the kinds of link that trainers may use.
+    advertise: the address at which trainers reach this server for other links than gRPC; None for the one that
+        each of them uses.
     """
 
     index: int
@@ -26,3 +28,4 @@ class ServerOptions:
     eviction: str = "plan"
     codecs: tuple[tuple[str, str], ...] = ()
     links: tuple[str, ...] = KINDS
+    advertise: str | None = None

@@ -70,7 +70,7 @@ class Server:
             return_freed_blocks(_RETURNED_BYTES)
             share_heaps(_HEAPS)
         self._jobs = Jobs(options.server, data_dir, Tier(options.memory_bytes, policy_named(options.server.eviction)))
-        self._links = Links(options.server.links)
+        self._links = Links(options.server.links, options.server.advertise)
         self._service = ParameterServer(self._jobs, self._links)
         self._grpc = grpc.server(
             ThreadPoolExecutor(_MAX_THREADS, thread_name_prefix="grpc"),

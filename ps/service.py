@@ -110,6 +110,10 @@ class ParameterServer(zero_ps_pb2_grpc.ParameterServerServicer):
     # ------------------------------------------------------------ sessions
 
     @_call
+    def PrepareLink(self, request: pb.PrepareLinkRequest, context: grpc.ServicerContext) -> pb.PrepareLinkResponse:
+        return self._links.prepare(request)
+
+    @_call
     def OpenSession(self, request: pb.OpenSessionRequest, context: grpc.ServicerContext) -> pb.OpenSessionResponse:
         options = self._jobs.options
         if request.protocol_version != PROTOCOL_VERSION:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from protos import zero_ps_pb2 as pb
 from protos.segment import Arena
+from ps.errors import InvalidRequest
 from ps.tier import Lent
 
 
@@ -68,6 +69,10 @@ class LinkKind(ABC):
     def listening(self) -> pb.ServerLink:
         """What a trainer has to know before it offers this kind."""
         return pb.ServerLink(kind=self.kind)
+
+    def prepare(self, request: pb.PrepareLinkRequest) -> pb.PrepareLinkResponse:
+        """Begins to make a link that both ends make at the same time. Raises InvalidRequest."""
+        raise InvalidRequest(f"a {self.kind} link needs no preparation")
 
     @abstractmethod
     def accept(self, offer: pb.LinkOffer) -> Link:

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 from protos import zero_ps_pb2 as pb
 from protos.links import KINDS
-from ps.errors import Conflict
+from ps.errors import Conflict, InvalidRequest
 from ps.links.base import Link, LinkKind, LinkRefused
+from ps.links.gloo import GlooKind
 from ps.links.grpc import GrpcKind
 from ps.links.shm import ShmKind
 
@@ -20,9 +21,12 @@ class Chosen:
 
 
 class Links:
-    """The kinds of link that this server allows."""
+    """The kinds of link that this server allows.
 
-    def __init__(self, allowed: Sequence[str] = KINDS) -> None:
+    advertise: the address at which trainers reach this server; None for the one that each of them uses.
+    """
+
+    def __init__(self, allowed: Sequence[str] = KINDS, advertise: str | None = None) -> None:
         # The best first.
         self._kinds: dict[str, LinkKind] = {}
         self._unavailable: dict[str, str] = {}
@@ -31,12 +35,19 @@ class Links:
                 self._unavailable[kind] = "the server does not allow it (zero-ps serve --links)"
                 continue
             try:
-                self._kinds[kind] = _new_kind(kind)
+                self._kinds[kind] = _new_kind(kind, advertise)
             except LinkRefused as refused:
                 self._unavailable[kind] = str(refused)
 
     def listening(self) -> list[pb.ServerLink]:
         return [kind.listening() for kind in self._kinds.values()]
+
+    def prepare(self, request: pb.PrepareLinkRequest) -> pb.PrepareLinkResponse:
+        """Raises InvalidRequest for a kind that this server has not."""
+        kind = self._kinds.get(request.kind)
+        if kind is None:
+            raise InvalidRequest(f"this server has no {request.kind!r} link")
+        return kind.prepare(request)
 
     def choose(self, offers: Sequence[pb.LinkOffer]) -> Chosen:
         """The link for a trainer that offers these. Raises Conflict, with every reason, if there is none."""
@@ -67,11 +78,13 @@ class Links:
 _MAX_REASON_CHARS = 500
 
 
-def _new_kind(kind: str) -> LinkKind:
+def _new_kind(kind: str, advertise: str | None) -> LinkKind:
     """Raises LinkRefused where the system lacks what it takes."""
     match kind:
         case "shm":
             return ShmKind()
+        case "gloo":
+            return GlooKind(advertise)
         case "grpc":
             return GrpcKind()
     raise LinkRefused("this version has no such link")

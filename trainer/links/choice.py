@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from protos import zero_ps_pb2 as pb
 from protos.links import KINDS
 from trainer.links.base import Candidate, Link, LinkUnusable
+from trainer.links.gloo import GlooCandidate
 from trainer.links.grpc import GrpcCandidate
 from trainer.links.outbox import Outbox
 from trainer.links.shm import ShmCandidate
@@ -40,7 +41,9 @@ class Candidates:
                     if kind not in allowed:
                         raise LinkUnusable("the trainer does not allow it (links of trainer.connect)")
                     if kind in offered:
-                        self._candidates[kind] = _new_candidate(offered[kind], shared)
+                        if self._candidates and kind != "grpc":
+                            raise LinkUnusable(f"{next(iter(self._candidates))} is better, and was prepared")
+                        self._candidates[kind] = _new_candidate(offered[kind], server, shared)
                         self.offers.append(self._candidates[kind].offer())
                     else:
                         # The server knows best why.
@@ -64,11 +67,13 @@ class Candidates:
             self._candidates.popitem()[1].close()
 
 
-def _new_candidate(offered: pb.ServerLink, shared: Shared) -> Candidate:
+def _new_candidate(offered: pb.ServerLink, server: Server, shared: Shared) -> Candidate:
     """Raises LinkUnusable."""
     match offered.kind:
         case "shm":
             return ShmCandidate(offered.address, shared.open_outbox)
+        case "gloo":
+            return GlooCandidate(server)
         case "grpc":
             return GrpcCandidate()
     raise LinkUnusable("this version has no such link")

@@ -31,7 +31,9 @@ _PUSH_KINDS = {
 
 
 @dataclass
-class _PendingPull:
+class PendingPull:
+    """A pull whose bytes are still to come."""
+
     request_id: int
     destinations: Sequence[torch.Tensor]
     future: "Future[None]" = field(default_factory=Future)
@@ -60,6 +62,24 @@ class _PendingPull:
             self.offset += count
             self._skip_full()
 
+    def claim(self, size: int) -> torch.Tensor:
+        """Where the next bytes go, which lie together; they count as received."""
+        if self.complete or size > self.destinations[self.index].numel() - self.offset:
+            raise ValueError(f"{size} bytes came together that belong to several destinations, or to none")
+        target = self.destinations[self.index].narrow(0, self.offset, size)
+        self.offset += size
+        self._skip_full()
+        return target
+
+    def finish(self) -> None:
+        # Whoever waits may look at once whether anybody still holds a view of the memory.
+        self.destinations = ()
+        self.future.set_result(None)
+
+    def fail(self, error: Exception) -> None:
+        self.destinations = ()
+        self.future.set_exception(error)
+
     def _skip_full(self) -> None:
         while not self.complete and self.offset == self.destinations[self.index].numel():
             self.index += 1
@@ -86,6 +106,18 @@ class StreamLink(Link):
     def close(self) -> None:
         self._pulls.close()
         self._pushes.close()
+
+    def deliver(self, response: pb.PullResponse, pull: PendingPull) -> None:
+        """Brings what a response gives to where the pull wants it."""
+        for source in self._unpack(response):
+            pull.receive(source)
+
+    def complete(self, pull: PendingPull) -> None:
+        """All responses to a pull have been delivered."""
+        pull.finish()
+
+    def acknowledged(self, request_id: int) -> None:
+        """The server has a push, or refused it."""
 
     def _unpack(self, response: pb.PullResponse) -> Iterator[torch.Tensor]:
         """What a response gives of its pull, in order, as 1-d uint8 tensors. They are read before the next one is
@@ -155,13 +187,13 @@ class _PullStream(_Stream[pb.PullRequest, pb.PullResponse]):
         super().__init__(link.address, "zero-ps pull")
         self._link = link
         self._session_id = session_id
-        self._pending: deque[_PendingPull] = deque()
+        self._pending: deque[PendingPull] = deque()
         self._responses = stub.Pull(self._sending())
         self._reader.start()
 
     def submit(self, pull: Pull) -> "Future[None]":
         with self._lock:
-            pending = _PendingPull(self._next_id, pull.destinations)
+            pending = PendingPull(self._next_id, pull.destinations)
             self._next_id += 1
             if self._error is not None:
                 pending.future.set_exception(self._error)
@@ -191,17 +223,12 @@ class _PullStream(_Stream[pb.PullRequest, pb.PullResponse]):
             raise ValueError(f"server {self._address} answered pull {response.request_id}, which nobody awaits")
         if response.HasField("error"):
             self._pending.popleft()
-            head.destinations = ()
-            code = response.error.code
-            head.future.set_exception(from_stream_error(self._address, code, response.error.message))
+            head.fail(from_stream_error(self._address, response.error.code, response.error.message))
             return
-        for source in self._link._unpack(response):
-            head.receive(source)
+        self._link.deliver(response, head)
         if head.complete:
             self._pending.popleft()
-            # Whoever waits may look at once whether anybody still holds a view of the memory.
-            head.destinations = ()
-            head.future.set_result(None)
+            self._link.complete(head)
 
     def _outstanding(self) -> "list[Future[None]]":
         futures = [pending.future for pending in self._pending]
@@ -245,7 +272,11 @@ class _PushStream(_Stream[tuple[int, Push], pb.PushResponse]):
                 chunk_bytes=[s.numel() for s in push.sources] if push.kind is PushKind.STAGED else (),
                 parts=_parts(push.runs),
             )
-            messages = self._link._pack(push, header)
+            try:
+                messages = self._link._pack(push, header)
+            except Exception as error:  # a fault of ours must not leave anyone waiting
+                self._fail(error)
+                return
             yield pb.PushRequest(header=header)
             for data in messages:
                 yield pb.PushRequest(data=data)
@@ -257,6 +288,7 @@ class _PushStream(_Stream[tuple[int, Push], pb.PushResponse]):
             future = self._pending.pop(response.request_id, None)
         if future is None:
             raise ValueError(f"server {self._address} answered push {response.request_id}, which nobody awaits")
+        self._link.acknowledged(response.request_id)
         if response.HasField("error"):
             code = response.error.code
             future.set_exception(from_stream_error(self._address, code, response.error.message))

@@ -1,0 +1,7 @@
+"""The gloo link does what every link does."""
+
+from tests.links.conformance import LinkConformance
+
+
+class TestGlooLink(LinkConformance):
+    kind = "gloo"

@@ -1,0 +1,126 @@
+"""The link between hosts: a gloo process group of this trainer and one server."""
+
+import queue
+import secrets
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+
+from protos import pair
+from protos import zero_ps_pb2 as pb
+from protos.pair import Pair
+from trainer.errors import ConnectError, ZeroPsError
+from trainer.links.base import Candidate, LinkUnusable, Push
+from trainer.links.streams import PendingPull, StreamLink
+from trainer.server import Server
+
+
+@dataclass
+class _Coming:
+    """A pull whose bytes are on their way."""
+
+    pull: PendingPull
+    works: list[dist.Work] = field(default_factory=list)
+
+
+class GlooLink(StreamLink):
+    """Bytes land where they are wanted; a thread waits for them."""
+
+    kind = "gloo"
+
+    def __init__(self, server: Server, pair: Pair) -> None:
+        self._pair = pair
+        self._tag = 0
+        # By the push: what may not be changed or freed before the server has it.
+        self._leaving: dict[int, list[tuple[dist.Work, torch.Tensor]]] = {}
+        self._works: list[dist.Work] = []
+        self._arrivals: queue.SimpleQueue[_Coming | None] = queue.SimpleQueue()
+        self._waiter = threading.Thread(target=self._wait, name=f"zero-ps gloo {server.address}", daemon=True)
+        self._waiter.start()
+        super().__init__(server.stub, server.address, server.session_id)
+
+    def close(self) -> None:
+        super().close()
+        self._arrivals.put(None)
+
+    # ------------------------------------------------------------ pulls
+
+    def deliver(self, response: pb.PullResponse, pull: PendingPull) -> None:
+        super().deliver(response, pull)
+        for parcel in response.parcels:
+            target = pull.claim(parcel.size)
+            try:
+                self._works.append(self._pair.receive(target, parcel.tag))
+            except RuntimeError as error:
+                raise self._gone(error) from error
+
+    def complete(self, pull: PendingPull) -> None:
+        works, self._works = self._works, []
+        self._arrivals.put(_Coming(pull, works))
+
+    def _wait(self) -> None:
+        while (coming := self._arrivals.get()) is not None:
+            try:
+                for work in coming.works:
+                    pair.wait(work)
+            except Exception as error:
+                coming.pull.fail(self._gone(error))
+            else:
+                coming.pull.finish()
+            del coming
+
+    def _gone(self, error: Exception) -> ZeroPsError:
+        return ConnectError(
+            f"server {self.address}: the gloo link is broken: {error}; the server is gone or the network is cut. Start "
+            "it again with the same --data-dir, then start the trainers again: they go on from the last commit"
+        )
+
+    # ------------------------------------------------------------ pushes
+
+    def _pack(self, push: Push, header: pb.PushHeader) -> Iterator[bytes]:
+        if sum(source.numel() for source in push.sources) < pair.SMALL_BYTES:
+            return super()._pack(push, header)
+        leaving = []
+        for source in push.sources:
+            for data in torch.split(source, pair.PARCEL_BYTES) if source.numel() else ():
+                self._tag = (self._tag + 1) % (1 << 31)
+                try:
+                    leaving.append((self._pair.send(data, self._tag), data))
+                except RuntimeError as error:
+                    raise self._gone(error) from error
+                header.parcels.add(tag=self._tag, size=data.numel())
+        self._leaving[header.request_id] = leaving
+        return iter(())
+
+    def acknowledged(self, request_id: int) -> None:
+        self._leaving.pop(request_id, None)
+
+
+class GlooCandidate(Candidate):
+    kind = "gloo"
+
+    def __init__(self, server: Server) -> None:
+        """Makes the pair, with the server."""
+        if why := pair.usable():
+            raise LinkUnusable(why)
+        self._token = secrets.token_hex(16)
+        host, _, port = server.address.rpartition(":")
+        host = host.strip("[]")
+
+        def exchange(mine: bytes, receive: Callable[[bytes], None]) -> None:
+            request = pb.PrepareLinkRequest(kind=self.kind, token=self._token, host=host, address=mine)
+            receive(server.call("PrepareLink", request, pair.FORM_SECONDS).address)
+
+        try:
+            self._pair = Pair(pair.TRAINER, pair.local_address(host, int(port)), exchange)
+        except (OSError, RuntimeError) as error:
+            raise LinkUnusable(f"a process group with the server cannot be made: {error}") from error
+
+    def offer(self) -> pb.LinkOffer:
+        return pb.LinkOffer(kind=self.kind, token=self._token)
+
+    def open(self, server: Server) -> GlooLink:
+        return GlooLink(server, self._pair)
