@@ -97,16 +97,16 @@ def test_counts_that_cannot_be_right_end_the_link_and_nothing_else(address: str,
         assert (peer.pull(0) == 1).all()
 
 
-def test_a_trainer_whose_server_is_not_there_falls_back_to_grpc_and_says_why(
+def test_a_trainer_whose_server_is_not_there_gets_the_next_best_link_and_says_why(
     cluster: LocalCluster, job_name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rendezvous, "this_host", lambda: "elsewhere")
     with trainer.connect(cluster.addresses, job=job_name) as job:
-        assert [link.describe() for link in job.links] == ["grpc (shm: the server runs on another host)"] * 2
+        assert [link.describe() for link in job.links] == ["gloo (shm: the server runs on another host)"] * 2
         assert job.outbox is None
 
 
-def test_a_system_without_such_memory_falls_back_to_grpc_and_says_why(
+def test_a_system_without_such_memory_gets_the_next_best_link_and_says_why(
     cluster: LocalCluster, job_name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails(*arguments: object) -> int:
