@@ -13,11 +13,17 @@ class GradientEdit:
     """One edit of the averaged gradients of some parameters.
 
     kind: 'scale' multiplies by `value`, 'max_value' clamps to [-value, value]; both as torch does it in place.
+    value: clipping gradients that are not finite scales by NaN. That is always the same object, so that edits
+        of several ranks are equal, and found again as keys.
     """
 
     parameters: tuple[int, ...]
     kind: Literal["scale", "max_value"]
     value: float
+
+    def __post_init__(self) -> None:
+        if math.isnan(self.value):
+            object.__setattr__(self, "value", math.nan)
 
     def apply(self, gradient: torch.Tensor) -> None:
         """Edits a gradient in place."""
@@ -25,11 +31,6 @@ class GradientEdit:
             gradient.mul_(self.value)
         else:
             gradient.clamp_(min=-self.value, max=self.value)
-
-    def same_as(self, other: "GradientEdit") -> bool:
-        """Equality under which NaN equals itself: clipping gradients that are not finite scales by NaN."""
-        same_value = self.value == other.value or (math.isnan(self.value) and math.isnan(other.value))
-        return (self.parameters, self.kind) == (other.parameters, other.kind) and same_value
 
 
 def by_parameter(edits: Iterable[GradientEdit]) -> Mapping[int, Sequence[GradientEdit]]:

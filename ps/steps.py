@@ -475,9 +475,7 @@ def _difference(ours: StepWish, theirs: StepWish) -> tuple[str, object, object] 
         for name in sorted(set(mine) | set(other)):
             if name not in mine or name not in other or not _same(mine[name], other[name]):
                 return f"option {name!r} of group {number}", mine.get(name), other.get(name)
-    if len(ours.edits) != len(theirs.edits) or not all(
-        edit.same_as(other) for edit, other in zip(ours.edits, theirs.edits, strict=True)
-    ):
+    if ours.edits != theirs.edits:
         return "what is done to the gradients", _described(ours.edits), _described(theirs.edits)
     return None
 

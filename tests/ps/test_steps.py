@@ -293,6 +293,31 @@ def test_a_norm_that_one_rank_has_got_is_there_for_the_others_after_it_zeroed(ad
     assert _norm(two, 2.0, timeout=5) == [2.0]
 
 
+def test_that_holds_for_norms_of_gradients_that_were_scaled_by_nan(address: str, job_name: str) -> None:
+    """As after clipping what is not finite, when one rank already skips the step."""
+    one, two = start_job(address, {"w": torch.zeros(4)}, job=job_name, world_size=2)
+    for client in (one, two):
+        client.push_gradient(0, torch.ones(4))
+    assert _norms([one, two]) == [[1.0], [1.0]]
+    edits = [pb.GradEdit(parameters=[0], scale=math.nan)]
+    for client in (one, two):
+        (norm,) = client.call("GradNorm", norm_type=2.0, timeout_seconds=5, edits=edits).chunk_norms
+        assert math.isnan(norm)
+        client.call("ZeroGrad")
+
+
+def test_norms_are_of_what_earlier_edits_made_of_gradients(address: str, job_name: str) -> None:
+    (client,) = start_job(address, {"w": torch.zeros(2), "v": torch.zeros(2)}, job=job_name, lr=1.0)
+    for number in range(2):
+        client.push_gradient(number, torch.tensor([3.0, -4.0]))
+    edits = [pb.GradEdit(parameters=[0], max_value=3.5), pb.GradEdit(parameters=[0], scale=0.5)]
+    for _ in range(2):
+        assert list(client.call("GradNorm", norm_type=1.0, edits=edits, timeout_seconds=5).chunk_norms) == [3.25, 7.0]
+    client.step(0, edits=edits)
+    assert torch.equal(client.pull(0, version=1), torch.tensor([-1.5, 1.75]))
+    assert torch.equal(client.pull(1, version=1), torch.tensor([-3.0, 4.0]))
+
+
 def test_ranks_may_zero_different_parameters(address: str, job_name: str) -> None:
     one, two = start_job(address, {"a": torch.zeros(2), "b": torch.zeros(2)}, job=job_name, world_size=2)
     for client in (one, two):
@@ -365,12 +390,13 @@ def test_a_job_is_compared_by_name_and_the_first_difference_is_told(address: str
     assert "its kind" in error_of(lambda: client.call("OpenJob", manifest=buffers))[1]
 
 
-def test_what_is_trained_may_change(address: str, job_name: str) -> None:
-    (client,) = start_job(address, W, job=job_name)
-    frozen = spec("w", W["w"])
-    frozen.trainable = False
-    opened = client.call("OpenJob", manifest=pb.Manifest(parameters=[frozen]))
-    assert not opened.manifest.parameters[0].trainable
+def test_what_is_frozen_may_thaw_and_what_was_trained_may_have_state_from_then_on(address: str, job_name: str) -> None:
+    client = Client(address, job=job_name)
+    for trainable, expected in ((False, False), (True, True), (False, True)):
+        stated = spec("w", W["w"])
+        stated.trainable = trainable
+        opened = client.call("OpenJob", manifest=pb.Manifest(parameters=[stated]))
+        assert opened.manifest.parameters[0].trainable == expected
 
 
 def test_nothing_steps_before_every_weight_is_there(address: str, job_name: str) -> None:
