@@ -2,10 +2,10 @@
 
 One trainer, servers on the same machine. Parameters are of 16 MiB in fp32 and travel as they are stored. *Pull*
 asks for them as the coordinator does, 16 MiB at a time of each server, into memory that is used again; it is
-compared with copying the same memory once (`shm`) or with a gRPC stream of messages of the same size whose receiver
-drops them (`grpc`). *Push* sends a gradient for every parameter and waits until servers have counted them; for
-`shm` with the copy of the gradient to where it leaves from, which a trainer makes with every link.
-Sides take turns; medians.
+compared with copying the same memory once (`shm`), with a gloo process group that sends and receives parcels of
+the same size (`gloo`), or with a gRPC stream of messages of the same size whose receiver drops them (`grpc`).
+*Push* sends a gradient for every parameter and waits until servers have counted them; for `shm` with the copy of
+the gradient to where it leaves from, which a trainer makes with every link. Sides take turns; medians.
 """
 
 import os
@@ -21,6 +21,7 @@ from torch import nn
 
 import trainer
 from benchmarks import report
+from benchmarks.bare_pair import BarePair, bare_pair
 from benchmarks.bare_stream import BareStream, bare_stream
 from protos import zero_ps_pb2 as pb
 from ps import LocalCluster
@@ -42,11 +43,12 @@ def run(quick: bool) -> list[report.Row]:
     torch.set_num_threads(1)
     count, rounds = (8, 5) if quick else (16, 15)
     rows = [report.Row("load of the machine before", os.getloadavg()[0], "processes that want to run")]
-    with bare_stream() as bare:
-        for kind in ("shm", "grpc"):
-            rows += _one_server(kind, bare, count, rounds)
+    with bare_stream() as stream, bare_pair() as pair:
+        rows += _one_server("shm", None, count, rounds)
+        rows += _one_server("gloo", pair, count, rounds)
+        rows += _one_server("grpc", stream, count, rounds)
     for servers in (1, 2, 4):
-        for kind in ("shm", "grpc"):
+        for kind in ("shm", "gloo", "grpc"):
             rows.append(_aggregate(kind, servers, count, rounds))
     return rows
 
@@ -84,15 +86,15 @@ class Side:
         return statistics.fmean(seconds[server] for seconds in self._cpu) / (self._nbytes / 1e9)
 
 
-def _one_server(kind: str, bare: BareStream, count: int, rounds: int) -> list[report.Row]:
+def _one_server(kind: str, bare: BareStream | BarePair | None, count: int, rounds: int) -> list[report.Row]:
     with LocalCluster(servers=1) as cluster, _Parameters(cluster, kind, count) as parameters:
         nbytes, pids = count * _NBYTES, [cluster.pid(0)]
         pull, push = Side(nbytes, pids, parameters.pull), Side(nbytes, pids, parameters.push)
-        if kind == "shm":
+        if bare is None:
             bars, against = (0.6, None), "memcpy"
             blocks = [Side(nbytes, [], parameters.copy)] * 2
         else:
-            bars, against = (0.85, 0.85), "bare gRPC stream"
+            bars, against = (0.85, 0.85), "bare gRPC stream" if kind == "grpc" else "bare ProcessGroupGloo"
             blocks = [
                 Side(nbytes, [bare.pid], lambda: bare.pull(nbytes)),
                 Side(nbytes, [bare.pid], lambda: bare.push(nbytes)),
