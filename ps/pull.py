@@ -25,8 +25,8 @@ from ps.wire import check_convertible, decode_chunks, decode_dtype
 
 def answer_pulls(
     jobs: Jobs, traffic: Traffic, requests: Iterable[pb.PullRequest], cancelled: Callable[[], bool]
-) -> Iterator[pb.PullResponse]:
-    """Answers in order. An error ends the answer that it belongs to, not the stream.
+) -> Iterator[bytes | pb.PullResponse]:
+    """Answers in order, with messages or the bytes of them. An error ends its own answer, not the stream.
 
     Every request gets at least one response, which is empty if it asked for no bytes.
     """
@@ -48,9 +48,8 @@ def answer_pulls(
                         check_convertible(chunks, dtype)
                         parts = list(zip(chunks, decode_runs(request.parts, chunks), strict=True))
                         blocks = _chunks(job, session, shard, parts, request.version, dtype, patience)
-                for response, num_bytes in session.chosen.link.answer(blocks):
+                for response, num_bytes in session.chosen.link.answer(request.request_id, blocks):
                     traffic.pulled(num_bytes)
-                    response.request_id = request.request_id
                     yield response
             except Exception as error:
                 yield pb.PullResponse(request_id=request.request_id, error=stream_error(error))

@@ -11,6 +11,7 @@ from typing import TypeVar
 import torch
 
 from protos import zero_ps_pb2 as pb
+from protos.frames import Data
 from ps.chunk import Chunk, byte_view
 from ps.contributions import Gradient
 from ps.errors import Conflict, InvalidRequest
@@ -141,7 +142,7 @@ class _Arrival:
 
 
 def answer_pushes(
-    jobs: Jobs, traffic: Traffic, requests: Iterable[pb.PushRequest], cancelled: Callable[[], bool]
+    jobs: Jobs, traffic: Traffic, requests: Iterable[Data | pb.PushRequest], cancelled: Callable[[], bool]
 ) -> Iterator[pb.PushResponse]:
     """Acknowledges every header once its data has been counted.
 
@@ -153,8 +154,7 @@ def answer_pushes(
     passing_over = False
     with ExitStack() as busy, ExitStack() as left:
         for request in requests:
-            part = request.WhichOneof("part")
-            if part == "header":
+            if isinstance(request, pb.PushRequest) and request.WhichOneof("part") == "header":
                 if incoming is not None:
                     missing = InvalidRequest(f"the push still lacked {incoming.missing_bytes} bytes")
                     yield pb.PushResponse(request_id=incoming.request_id, error=stream_error(missing))
@@ -162,14 +162,14 @@ def answer_pushes(
                     incoming = None
                     busy.close()
                 request_id = request.header.request_id
-            elif part == "data" and incoming is not None:
+            elif isinstance(request, Data) and incoming is not None:
                 request_id = incoming.request_id
-            elif part == "data" and passing_over:
+            elif isinstance(request, Data) and passing_over:
                 continue
             else:
                 raise InvalidRequest("a push stream has headers, each followed by its data, and no more")
             try:
-                if incoming is None:
+                if isinstance(request, pb.PushRequest):
                     busy.enter_context(traffic.busy())
                     passing_over = False
                     incoming = _begin(jobs, pool, request.header, cancelled)
@@ -177,6 +177,7 @@ def answer_pushes(
                     left.callback(incoming.abandon)
                     _receive(incoming, request.header, traffic)
                 else:
+                    assert incoming is not None
                     traffic.pushed(len(request.data))
                     incoming.feed(request.data)
                 if incoming.missing_bytes:

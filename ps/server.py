@@ -18,13 +18,14 @@ import torch
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from protos import MAX_MESSAGE_BYTES, zero_ps_pb2, zero_ps_pb2_grpc
+from protos import MAX_MESSAGE_BYTES, zero_ps_pb2
 from ps.address import split_address
 from ps.jobs import Jobs
 from ps.links import Links
 from ps.optimizer import warm_up
 from ps.options import ServerOptions
 from ps.process import return_freed_blocks, share_heaps
+from ps.registration import add_service
 from ps.service import ParameterServer
 from ps.store import DataDir
 from ps.tier import Tier, policy_named
@@ -84,7 +85,7 @@ class Server:
                 ("grpc.keepalive_permit_without_calls", 1),
             ],
         )
-        zero_ps_pb2_grpc.add_ParameterServerServicer_to_server(self._service, self._grpc)
+        add_service(self._service, self._grpc)
         self._health = health.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
         name = zero_ps_pb2.DESCRIPTOR.services_by_name["ParameterServer"].full_name

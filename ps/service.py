@@ -7,8 +7,9 @@ from typing import Any, TypeVar
 
 import grpc
 
-from protos import PROTOCOL_VERSION, zero_ps_pb2_grpc
+from protos import PROTOCOL_VERSION
 from protos import zero_ps_pb2 as pb
+from protos.frames import Data
 from ps.commits import CommitRequest, announce, commit, restore
 from ps.errors import Conflict, ServerError
 from ps.job import Job
@@ -72,7 +73,7 @@ def _patience(seconds: float, context: grpc.ServicerContext) -> Patience:
     return Patience.of(seconds, lambda: not context.is_active())
 
 
-class ParameterServer(zero_ps_pb2_grpc.ParameterServerServicer):
+class ParameterServer:
     """See protos/zero_ps.proto for what each call does."""
 
     def __init__(self, jobs: Jobs, links: Links) -> None:
@@ -196,11 +197,11 @@ class ParameterServer(zero_ps_pb2_grpc.ParameterServerServicer):
 
     def Pull(
         self, request_iterator: Iterable[pb.PullRequest], context: grpc.ServicerContext
-    ) -> Iterator[pb.PullResponse]:
+    ) -> Iterator[bytes | pb.PullResponse]:
         return answer_pulls(self._jobs, self.traffic, request_iterator, lambda: not context.is_active())
 
     def Push(
-        self, request_iterator: Iterable[pb.PushRequest], context: grpc.ServicerContext
+        self, request_iterator: Iterable[Data | pb.PushRequest], context: grpc.ServicerContext
     ) -> Iterator[pb.PushResponse]:
         try:
             yield from answer_pushes(self._jobs, self.traffic, request_iterator, lambda: not context.is_active())

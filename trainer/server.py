@@ -2,7 +2,7 @@
 
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import grpc
@@ -19,6 +19,9 @@ _OPTIONS = [
     # Two jobs of one process must not share a connection: one's bulk would delay the other's control.
     ("grpc.use_local_subchannel_pool", 1),
 ]
+
+
+_SERVICE = pb.DESCRIPTOR.services_by_name["ParameterServer"].full_name
 
 
 class Server:
@@ -58,6 +61,12 @@ class Server:
             )
         self.links = tuple(status.links)
         return status
+
+    def stream(
+        self, method: str, requests: Iterator[Any], encode: Callable[[Any], bytes], decode: Callable[[bytes], Any]
+    ) -> Any:
+        """A bidirectional stream; its responses are an iterator that can be cancelled."""
+        return self._channel.stream_stream(f"/{_SERVICE}/{method}", encode, decode)(requests)
 
     def start(self, method: str, request: object, timeout: float) -> "grpc.Future[Any]":
         """Sends a unary call and returns its future."""

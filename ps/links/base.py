@@ -42,11 +42,11 @@ class Link(ABC):
     kind: str
 
     @abstractmethod
-    def answer(self, blocks: Iterable[Block | None]) -> Iterator[tuple[pb.PullResponse, int]]:
+    def answer(self, request_id: int, blocks: Iterable[Block | None]) -> Iterator[tuple[bytes | pb.PullResponse, int]]:
         """The responses that give a trainer these blocks, back to back, and how many bytes each one gives.
 
-        At least one, also if there is nothing to give. None among the blocks means that the next one will
-        take a while: what is there is sent.
+        A response may be there as its bytes already. At least one, also if there is nothing to give. None among the
+        blocks means that the next one will take a while: what is there is sent.
         """
 
     @abstractmethod

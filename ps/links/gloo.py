@@ -32,15 +32,14 @@ class GlooLink(Link):
         self._tag = 0
         self._leaving: deque[tuple[dist.Work, torch.Tensor]] = deque()
 
-    def answer(self, blocks: Iterable[Block | None]) -> Iterator[tuple[pb.PullResponse, int]]:
+    def answer(self, request_id: int, blocks: Iterable[Block | None]) -> Iterator[tuple[bytes | pb.PullResponse, int]]:
         small: list[Block] = []
         sent = False
         for block in blocks:
             large = block is not None and block.num_bytes >= pair.SMALL_BYTES
             # What came before goes before.
             if small and (block is None or large):
-                for data in messages(small):
-                    yield pb.PullResponse(data=data), len(data)
+                yield from messages(request_id, small)
                 small, sent = [], True
             if block is None:
                 continue
@@ -49,11 +48,10 @@ class GlooLink(Link):
                 continue
             for start in range(0, block.num_bytes, pair.PARCEL_BYTES):
                 parcel = self._send(block.read(start, min(start + pair.PARCEL_BYTES, block.num_bytes)))
-                yield pb.PullResponse(parcels=[parcel]), parcel.size
+                yield pb.PullResponse(request_id=request_id, parcels=[parcel]), parcel.size
                 sent = True
         if small or not sent:
-            for data in messages(small):
-                yield pb.PullResponse(data=data), len(data)
+            yield from messages(request_id, small)
 
     def _send(self, data: bytes) -> pb.Parcel:
         while len(self._leaving) >= _DEPTH:

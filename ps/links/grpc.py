@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 
-from protos import MESSAGE_BYTES
+from protos import MESSAGE_BYTES, frames
 from protos import zero_ps_pb2 as pb
 from ps.links.base import Block, Link, LinkKind
 
@@ -12,9 +12,8 @@ class GrpcLink(Link):
 
     kind = "grpc"
 
-    def answer(self, blocks: Iterable[Block | None]) -> Iterator[tuple[pb.PullResponse, int]]:
-        for data in messages(blocks):
-            yield pb.PullResponse(data=data), len(data)
+    def answer(self, request_id: int, blocks: Iterable[Block | None]) -> Iterator[tuple[bytes | pb.PullResponse, int]]:
+        return messages(request_id, blocks)
 
     def received(self, header: pb.PushHeader) -> Iterator[memoryview]:
         return iter(())
@@ -27,8 +26,11 @@ class GrpcKind(LinkKind):
         return GrpcLink()
 
 
-def messages(blocks: Iterable[Block | None]) -> Iterator[bytes]:
-    """The blocks' bytes back to back, cut into messages; small ones share one. At least one message."""
+def messages(request_id: int, blocks: Iterable[Block | None]) -> Iterator[tuple[bytes, int]]:
+    """Responses with the blocks' bytes back to back, cut into messages; small ones share one. At least one.
+
+    Each with how many bytes it has of them.
+    """
     parts: list[bytes] = []
     size, sent = 0, False
     for block in blocks:
@@ -40,10 +42,14 @@ def messages(blocks: Iterable[Block | None]) -> Iterator[bytes]:
                 size += stop - start
                 start = stop
                 if size == MESSAGE_BYTES:
-                    yield parts[0] if len(parts) == 1 else b"".join(parts)
+                    yield _message(request_id, size, parts)
                     parts, size, sent = [], 0, True
         elif parts:
-            yield b"".join(parts)
+            yield _message(request_id, size, parts)
             parts, size, sent = [], 0, True
     if parts or not sent:
-        yield b"".join(parts)
+        yield _message(request_id, size, parts)
+
+
+def _message(request_id: int, size: int, parts: list[bytes]) -> tuple[bytes, int]:
+    return b"".join((frames.pull_head(request_id, size), *parts)), size

@@ -45,7 +45,7 @@ class ShmLink(Link):
         self._read = 0
         self._closed = False
 
-    def answer(self, blocks: Iterable[Block | None]) -> Iterator[tuple[pb.PullResponse, int]]:
+    def answer(self, request_id: int, blocks: Iterable[Block | None]) -> Iterator[tuple[bytes | pb.PullResponse, int]]:
         """Lends what is large and in memory; the rest travels in messages."""
         regions: list[tuple[pb.Region, Lent]] = []
         small: list[Block] = []
@@ -57,19 +57,17 @@ class ShmLink(Link):
                     regions.append(region)
                 # What came before goes before.
                 if small and (block is None or region is not None):
-                    for data in messages(small):
-                        yield pb.PullResponse(data=data), len(data)
+                    yield from messages(request_id, small)
                     small, sent = [], True
                 if regions and (region is None or sum(r.size for r, _ in regions) >= _RESPONSE_BYTES):
-                    yield self._handed_over(regions)
+                    yield self._handed_over(request_id, regions)
                     sent = True
                 if block is not None and region is None:
                     small.append(block)
             if regions:
-                yield self._handed_over(regions)
+                yield self._handed_over(request_id, regions)
             elif small or not sent:
-                for data in messages(small):
-                    yield pb.PullResponse(data=data), len(data)
+                yield from messages(request_id, small)
         finally:
             for _, lent in regions:
                 lent.give_back()
@@ -82,13 +80,13 @@ class ShmLink(Link):
             return None
         return None if lent is None else (pb.Region(offset=lent.offset + block.start, size=block.num_bytes), lent)
 
-    def _handed_over(self, regions: list[tuple[pb.Region, Lent]]) -> tuple[pb.PullResponse, int]:
+    def _handed_over(self, request_id: int, regions: list[tuple[pb.Region, Lent]]) -> tuple[pb.PullResponse, int]:
         """The response that tells the trainer of regions, which are its own until it says that it has read them."""
         with self._lock:
             if self._closed:
                 raise Cancelled("the trainer has left the link")
             self._lent.extend(lent for _, lent in regions)
-        response = pb.PullResponse(regions=[region for region, _ in regions])
+        response = pb.PullResponse(request_id=request_id, regions=[region for region, _ in regions])
         regions.clear()
         return response, sum(region.size for region in response.regions)
 

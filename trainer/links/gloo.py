@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from protos import pair
 from protos import zero_ps_pb2 as pb
+from protos.frames import Data
 from protos.pair import Pair
 from trainer.errors import ConnectError, ZeroPsError
 from trainer.links.base import Candidate, LinkUnusable, Push
@@ -40,7 +41,7 @@ class GlooLink(StreamLink):
         self._arrivals: queue.SimpleQueue[_Coming | None] = queue.SimpleQueue()
         self._waiter = threading.Thread(target=self._wait, name=f"zero-ps gloo {server.address}", daemon=True)
         self._waiter.start()
-        super().__init__(server.stub, server.address, server.session_id)
+        super().__init__(server)
 
     def close(self) -> None:
         super().close()
@@ -48,9 +49,9 @@ class GlooLink(StreamLink):
 
     # ------------------------------------------------------------ pulls
 
-    def deliver(self, response: pb.PullResponse, pull: PendingPull) -> None:
+    def deliver(self, response: Data | pb.PullResponse, pull: PendingPull) -> None:
         super().deliver(response, pull)
-        for parcel in response.parcels:
+        for parcel in () if isinstance(response, Data) else response.parcels:
             target = pull.claim(parcel.size)
             try:
                 self._works.append(self._pair.receive(target, parcel.tag))

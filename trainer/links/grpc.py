@@ -13,4 +13,4 @@ class GrpcCandidate(Candidate):
     kind = "grpc"
 
     def open(self, server: Server) -> GrpcLink:
-        return GrpcLink(server.stub, server.address, server.session_id)
+        return GrpcLink(server)

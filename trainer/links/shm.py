@@ -11,6 +11,7 @@ import torch
 
 from protos import rendezvous
 from protos import zero_ps_pb2 as pb
+from protos.frames import Data
 from protos.segment import Arena, Segment
 from trainer.errors import ConnectError
 from trainer.links.base import Candidate, LinkUnusable, Push
@@ -34,7 +35,7 @@ class ShmLink(StreamLink):
         self._arena: Arena | None = outbox.arena
         self._regions_read = 0
         self._leaving: dict[Future[None], Sequence[torch.Tensor]] = {}
-        super().__init__(server.stub, server.address, server.session_id)
+        super().__init__(server)
 
     def push(self, push: Push) -> "Future[None]":
         sources = self._shared(push.sources)
@@ -54,10 +55,9 @@ class ShmLink(StreamLink):
         self._connection.close()
         self._segment = self._arena = None
 
-    def _unpack(self, response: pb.PullResponse) -> Iterator[torch.Tensor]:
-        if response.data:
-            yield from super()._unpack(response)
-        if not response.regions:
+    def _unpack(self, response: Data | pb.PullResponse) -> Iterator[torch.Tensor]:
+        yield from super()._unpack(response)
+        if isinstance(response, Data) or not response.regions:
             return
         if (segment := self._segment) is None:
             raise ConnectError(f"server {self.address}: the link was closed")

@@ -15,12 +15,12 @@ from typing import Any, Generic, TypeVar
 import grpc
 import torch
 
-from protos import MESSAGE_BYTES, dtypes
+from protos import MESSAGE_BYTES, dtypes, frames
 from protos import zero_ps_pb2 as pb
-from protos import zero_ps_pb2_grpc as pb_grpc
 from trainer.links.base import Link, Pull, Push, PushKind, Run
-from trainer.links.buffers import copy_bytes, read_only_tensor
+from trainer.links.buffers import byte_view, read_only_tensor
 from trainer.rpc import from_rpc_error, from_stream_error
+from trainer.server import Server
 
 _PUSH_KINDS = {
     PushKind.GRADIENT: pb.PushHeader.KIND_GRADIENT,
@@ -92,10 +92,10 @@ class StreamLink(Link):
     Bytes travel in messages here; a subclass has better ways for those that are worth it.
     """
 
-    def __init__(self, stub: pb_grpc.ParameterServerStub, address: str, session_id: str) -> None:
-        self.address = address
-        self._pulls = _PullStream(self, stub, session_id)
-        self._pushes = _PushStream(self, stub, session_id)
+    def __init__(self, server: Server) -> None:
+        self.address = server.address
+        self._pulls = _PullStream(self, server)
+        self._pushes = _PushStream(self, server)
 
     def pull(self, pull: Pull) -> "Future[None]":
         return self._pulls.submit(pull)
@@ -107,7 +107,7 @@ class StreamLink(Link):
         self._pulls.close()
         self._pushes.close()
 
-    def deliver(self, response: pb.PullResponse, pull: PendingPull) -> None:
+    def deliver(self, response: frames.Data | pb.PullResponse, pull: PendingPull) -> None:
         """Brings what a response gives to where the pull wants it."""
         for source in self._unpack(response):
             pull.receive(source)
@@ -119,19 +119,19 @@ class StreamLink(Link):
     def acknowledged(self, request_id: int) -> None:
         """The server has a push, or refused it."""
 
-    def _unpack(self, response: pb.PullResponse) -> Iterator[torch.Tensor]:
+    def _unpack(self, response: frames.Data | pb.PullResponse) -> Iterator[torch.Tensor]:
         """What a response gives of its pull, in order, as 1-d uint8 tensors. They are read before the next one is
         asked for, and not after that."""
         if response.data:
             yield read_only_tensor(response.data)
 
     def _pack(self, push: Push, header: pb.PushHeader) -> Iterator[bytes]:
-        """The messages that follow a header, which is added to before this returns."""
+        """The messages that follow a header, as their bytes; the header is added to before this returns."""
         return _messages(push.sources)
 
 
 _Outgoing = TypeVar("_Outgoing")
-_Response = TypeVar("_Response", pb.PullResponse, pb.PushResponse)
+_Response = TypeVar("_Response")
 
 
 class _Stream(ABC, Generic[_Outgoing, _Response]):
@@ -182,13 +182,13 @@ class _Stream(ABC, Generic[_Outgoing, _Response]):
         self._responses.cancel()
 
 
-class _PullStream(_Stream[pb.PullRequest, pb.PullResponse]):
-    def __init__(self, link: StreamLink, stub: pb_grpc.ParameterServerStub, session_id: str) -> None:
+class _PullStream(_Stream[pb.PullRequest, frames.Data | pb.PullResponse]):
+    def __init__(self, link: StreamLink, server: Server) -> None:
         super().__init__(link.address, "zero-ps pull")
         self._link = link
-        self._session_id = session_id
+        self._session_id = server.session_id
         self._pending: deque[PendingPull] = deque()
-        self._responses = stub.Pull(self._sending())
+        self._responses = server.stream("Pull", self._sending(), frames.encode, frames.decode_pull)
         self._reader.start()
 
     def submit(self, pull: Pull) -> "Future[None]":
@@ -217,11 +217,11 @@ class _PullStream(_Stream[pb.PullRequest, pb.PullResponse]):
             )
         return pending.future
 
-    def _receive(self, response: pb.PullResponse) -> None:
+    def _receive(self, response: frames.Data | pb.PullResponse) -> None:
         head = self._pending[0] if self._pending else None
         if head is None or head.request_id != response.request_id:
             raise ValueError(f"server {self._address} answered pull {response.request_id}, which nobody awaits")
-        if response.HasField("error"):
+        if isinstance(response, pb.PullResponse) and response.HasField("error"):
             self._pending.popleft()
             head.fail(from_stream_error(self._address, response.error.code, response.error.message))
             return
@@ -237,12 +237,12 @@ class _PullStream(_Stream[pb.PullRequest, pb.PullResponse]):
 
 
 class _PushStream(_Stream[tuple[int, Push], pb.PushResponse]):
-    def __init__(self, link: StreamLink, stub: pb_grpc.ParameterServerStub, session_id: str) -> None:
+    def __init__(self, link: StreamLink, server: Server) -> None:
         super().__init__(link.address, "zero-ps push")
         self._link = link
-        self._session_id = session_id
+        self._session_id = server.session_id
         self._pending: dict[int, Future[None]] = {}
-        self._responses = stub.Push(self._messages())
+        self._responses = server.stream("Push", self._messages(), frames.encode, pb.PushResponse.FromString)
         self._reader.start()
 
     def submit(self, push: Push) -> "Future[None]":
@@ -257,7 +257,7 @@ class _PushStream(_Stream[tuple[int, Push], pb.PushResponse]):
             self._outgoing.put((request_id, push))
         return future
 
-    def _messages(self) -> Iterator[pb.PushRequest]:
+    def _messages(self) -> Iterator[bytes | pb.PushRequest]:
         for request_id, push in self._sending():
             header = pb.PushHeader(
                 session_id=self._session_id,
@@ -278,8 +278,7 @@ class _PushStream(_Stream[tuple[int, Push], pb.PushResponse]):
                 self._fail(error)
                 return
             yield pb.PushRequest(header=header)
-            for data in messages:
-                yield pb.PushRequest(data=data)
+            yield from messages
             # Held here it would keep the last tensors alive until the next push.
             del push
 
@@ -309,18 +308,18 @@ def _parts(runs: Sequence[Sequence[Run]] | None) -> list[pb.Runs]:
 
 
 def _messages(sources: Sequence[torch.Tensor]) -> Iterator[bytes]:
-    """The sources' bytes back to back, cut into messages; small sources share a message."""
-    parts: list[bytes] = []
+    """`PushRequest`s with the sources' bytes back to back; small sources share one."""
+    parts: list[memoryview] = []
     room = MESSAGE_BYTES
     for source in sources:
         position = 0
         while position < source.numel():
             count = min(room, source.numel() - position)
-            parts.append(copy_bytes(source, position, count))
+            parts.append(byte_view(source, position, count))
             position += count
             room -= count
             if room == 0:
-                yield b"".join(parts)
+                yield b"".join((frames.push_head(MESSAGE_BYTES), *parts))
                 parts, room = [], MESSAGE_BYTES
     if parts:
-        yield b"".join(parts)
+        yield b"".join((frames.push_head(MESSAGE_BYTES - room), *parts))

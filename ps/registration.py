@@ -1,0 +1,27 @@
+"""Offers the service to gRPC: every call with protobuf's own codecs but the two streams of bytes."""
+
+from typing import Any
+
+import grpc
+from google.protobuf.message_factory import GetMessageClass
+
+from protos import frames, zero_ps_pb2
+from ps.service import ParameterServer
+
+_SERVICE = zero_ps_pb2.DESCRIPTOR.services_by_name["ParameterServer"]
+
+
+def add_service(service: ParameterServer, server: grpc.Server) -> None:
+    """As the generated `add_ParameterServerServicer_to_server`, which knows no other codecs."""
+    handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
+    for method in _SERVICE.methods:
+        behaviour, request = getattr(service, method.name), GetMessageClass(method.input_type)
+        if method.client_streaming:
+            decode = frames.decode_push if method.name == "Push" else request.FromString
+            handlers[method.name] = grpc.stream_stream_rpc_method_handler(behaviour, decode, frames.encode)
+        else:
+            response = GetMessageClass(method.output_type)
+            handlers[method.name] = grpc.unary_unary_rpc_method_handler(
+                behaviour, request.FromString, response.SerializeToString
+            )
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(_SERVICE.full_name, handlers),))
