@@ -135,8 +135,9 @@ def set_optimizer(
 
     Groups may change, the class may not. Raises Conflict, InvalidRequest.
     """
-    job.steps.of(session)
     shard = job.open_shard()
+    # A trainer that gave its word for a step and is ahead of the others changes the optimizer of the next one.
+    job.steps.catch_up(session, shard, job.steps.of(session).stepped + 1, patience)
     job.wait_at_rest(shard, session, patience)
     # Outside the locks: the first optimizer of a process takes a second or two.
     optimizer = ChunkOptimizer(spec, len(shard.manifest))

@@ -134,15 +134,18 @@ class Announcement:
 
     # ------------------------------------------------------------ during backward
 
+    def check_expected(self, state: OffloadedParameter) -> None:
+        """Raises ConfigError for a gradient that comes after the last backward."""
+        if not self.running:
+            self.check_none(f"a backward that gives parameter {state.name!r} a gradient")
+
     def gradient_came(self, state: OffloadedParameter, *, may_be_final: bool) -> bool:
         """A gradient is about to be sent; whether it is final.
 
-        Raises ConfigError for one that comes after the last backward, StepHalfDone for one that was not expected.
+        Raises StepHalfDone for one that was not expected.
         """
         if not self.made:
             return False
-        if not self.running:
-            self.check_none(f"a backward that gives parameter {state.name!r} a gradient")
         if state in self._final:
             self._done_at_once[state] = False
             raise StepHalfDone(

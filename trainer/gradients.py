@@ -115,6 +115,14 @@ class Gradients:
         """torch is about to add to `param.grad`, where the placeholder may be."""
         if state in self._sent or self.edits:
             self.settle()
+        # Refused while the placeholder is there, so that a step can still follow.
+        self._announcement.check_expected(state)
+        if self.edits:
+            raise ConfigError(
+                f"backward gave parameter {state.name!r} a gradient after the gradients of this step were clipped or "
+                "unscaled, which servers do when all are there; do it after the last backward before step(), or call "
+                "zero_grad() to begin anew"
+            )
         if state in self._sent:
             _set_grad(state, None)
 
@@ -137,12 +145,6 @@ class Gradients:
             raise ConfigError(
                 f"backward gave parameter {state.name!r} a gradient inside trainer.ema_weights(), which is for "
                 "evaluation; train outside of it"
-            )
-        if self.edits:
-            raise ConfigError(
-                f"backward gave parameter {state.name!r} a gradient after the gradients of this step were clipped or "
-                "unscaled, which servers do when all are there; do it after the last backward before step(), or call "
-                "zero_grad() to begin anew"
             )
         assert state.remote is not None
         # In group mode a gradient leaves in parts, and none of the trainers knows when the others' are there.
@@ -231,11 +233,12 @@ class Gradients:
         elif not self._sent:
             self._begin_anew()
 
-    def _forget(self, states: Sequence[OffloadedParameter], keep_zeros: bool = False) -> None:
+    def _forget(self, states: Sequence[OffloadedParameter], keep_zeros: bool = False, anew: bool = True) -> None:
         self._job.check()
         self._announcement.check_none("dropping gradients, as zero_grad does,")
         self._job.transfer.flush()
-        self._begin_anew()
+        if anew:
+            self._begin_anew()
         # No index means every parameter.
         some = set(states)
         indices = [] if some.issuperset(self._sent) else [s.remote.index for s in states if s.remote is not None]
@@ -302,10 +305,14 @@ class Gradients:
     def settle(self) -> None:
         """Has the servers hear of what `Module.zero_grad()`, or an assignment of None, did to placeholders alone."""
         gradients = {state: _grad(state) for state in self._sent}
-        if gone := [state for state, gradient in gradients.items() if gradient is None]:
-            self._forget(gone)
-        if zeroed := [s for s, gradient in gradients.items() if getattr(gradient, "_zero_ps_zeroed", False)]:
-            self._forget(zeroed, keep_zeros=True)
+        gone = [state for state, gradient in gradients.items() if gradient is None]
+        zeroed = [s for s, gradient in gradients.items() if getattr(gradient, "_zero_ps_zeroed", False)]
+        # What was done to gradients that stay has still to be done to them.
+        anew = len(gone) + len(zeroed) == len(gradients)
+        if gone:
+            self._forget(gone, anew=anew)
+        if zeroed:
+            self._forget(zeroed, keep_zeros=True, anew=anew)
 
 
 def _grad(state: OffloadedParameter) -> torch.Tensor | None:

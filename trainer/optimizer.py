@@ -325,6 +325,7 @@ class RemoteOptimizer(Optimizer):
         Options of the groups become those of each rank's argument, the servers' state that of rank 0's. Raises
         ValueError where it does not fit, on the rank where that is so.
         """
+        self._owner.announcement.check_none("load_state_dict()")
         state_dict = state_dict.copy()
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = before(self, state_dict) or state_dict
