@@ -90,6 +90,23 @@ class Announcement:
             "been updated and others not; close the job and connect again, which goes back to the last commit"
         )
 
+    def gradients_dropped(self) -> None:
+        """Gradients of the announced step were taken away, so that it cannot be made as it was announced.
+
+        Takes the announcement back if nothing was final; else the job cannot go on: raises StepHalfDone.
+        """
+        if not self.made:
+            return
+        if not self._final:
+            self._withdraw()
+            return
+        self._job.broken = StepHalfDone(
+            f"step {self._job.step} of job {self._job.name!r} is half done: gradients were dropped, as by "
+            "model.zero_grad(), between optimizer.last_backward() and optimizer.step(), when servers may have used "
+            "some already; close the job and connect again, which goes back to the last commit"
+        )
+        raise self._job.broken
+
     def check_step(self, groups: Sequence[pb.OptimizerGroup]) -> None:
         """Raises ConfigError if the options of a step are not those that were announced."""
         if self._groups is None:

@@ -307,6 +307,8 @@ class Gradients:
         gradients = {state: _grad(state) for state in self._sent}
         gone = [state for state, gradient in gradients.items() if gradient is None]
         zeroed = [s for s, gradient in gradients.items() if getattr(gradient, "_zero_ps_zeroed", False)]
+        if gone or zeroed:
+            self._announcement.gradients_dropped()
         # What was done to gradients that stay has still to be done to them.
         anew = len(gone) + len(zeroed) == len(gradients)
         if gone:

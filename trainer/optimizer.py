@@ -87,6 +87,7 @@ class RemoteOptimizer(Optimizer):
         self._skipped = 0
         super().__init__(params, template.defaults)
         self.job: Job = self._owner.job
+        self._owner.announcement.check_none("another RemoteOptimizer for this model")
         self._send_groups()
         self._owner.optimizer = weakref.ref(self)
         self._ready = True
@@ -96,7 +97,15 @@ class RemoteOptimizer(Optimizer):
         if self._model is not None:
             self._model.announcement.check_none("add_param_group()")
         super().add_param_group(param_group)
-        for param in self.param_groups[-1]["params"]:
+        try:
+            self._take_group(self.param_groups[-1])
+        except BaseException:
+            # Later steps are to be those of the groups that servers know.
+            self.param_groups.pop()
+            raise
+
+    def _take_group(self, group: dict[str, Any]) -> None:
+        for param in group["params"]:
             state = offloaded(param)
             if state is None and param.numel() == 0:
                 continue

@@ -309,6 +309,9 @@ def test_nothing_may_change_the_step_between_its_announcement_and_its_end(cluste
             lambda: trainer.clip_grad_value_(model.parameters(), 1.0),
             optimizer.zero_grad,
             optimizer.state_dict,
+            lambda: optimizer.load_state_dict(reference.state_dict()),
+            lambda: trainer.RemoteOptimizer(model.parameters(), torch.optim.AdamW),
+            lambda: loss_of(model, batch(9)).backward(),
             lambda: optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))]}),
             job.commit,
             lambda: enter(optimizer.last_backward()),
@@ -324,6 +327,23 @@ def test_nothing_may_change_the_step_between_its_announcement_and_its_end(cluste
             model(batch(1))
         optimizer.step()
         same(model, plain)
+
+
+def test_gradients_that_the_module_drops_after_the_announcement(cluster: LocalCluster, job_name: str) -> None:
+    """Nothing was final in the first one, so it is as if nothing had been announced; later the step is half done."""
+    with training(cluster, job_name) as (model, optimizer):
+        for step in range(2):
+            with optimizer.last_backward():
+                loss_of(model, batch(step)).backward()
+            model.zero_grad()
+            if step == 0:
+                optimizer.step()
+                assert gathered_values(model).keys()
+                continue
+            with pytest.raises(trainer.StepHalfDone, match="gradients were dropped, as by model.zero_grad"):
+                optimizer.step()
+            with pytest.raises(trainer.StepHalfDone):
+                optimizer.step()
 
 
 def test_a_clipped_gradient_is_not_followed_by_a_last_backward(cluster: LocalCluster, job_name: str) -> None:
