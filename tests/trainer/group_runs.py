@@ -111,12 +111,14 @@ def lose_a_rank(addresses: list[str], job: str, store: str) -> str:
             return f"{type(error).__name__}: {error}"
 
 
-def choose(addresses: list[str], job: str, store: str, modes: Sequence[str], world: bool = True) -> str:
+def choose(
+    addresses: list[str], job: str, store: str, modes: Sequence[str], world: bool = True, link: str = "grpc"
+) -> str:
     """The mode that comes of what the ranks wish, or the error."""
     rank = int(os.environ["RANK"])
     if world:
         join(store)
-    with trainer.connect(addresses, job=job, timeout=20) as connection:
+    with trainer.connect(addresses, job=job, timeout=20, links=[link]) as connection:
         model = seeded(Residual)
         try:
             trainer.offload(model, connection, trainer.OffloadConfig(mode=modes[rank]))

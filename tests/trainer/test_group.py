@@ -1,5 +1,6 @@
 """Group mode: trainers that each pull and push a part get the same as trainers that move everything."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -78,19 +79,18 @@ def test_the_others_hear_of_a_rank_that_is_gone(cluster: LocalCluster, job_name:
 
 
 @pytest.mark.parametrize(
-    ("modes", "world", "expected"),
+    ("modes", "world", "link", "expected"),
     [
-        (["auto", "auto"], True, "group"),
-        (["auto", "direct"], True, "direct"),
-        (["auto", "auto"], False, "direct"),
-        (["group", "group"], False, "ConfigError: .*torch.distributed is not initialised"),
-        (["group", "group"], True, "group"),
+        (["auto", "auto"], True, "grpc", "group"),
+        (["auto", "auto"], True, "shm", "direct"),
+        (["auto", "direct"], True, "grpc", "direct"),
+        (["auto", "auto"], False, "grpc", "direct"),
+        (["group", "group"], False, "grpc", "ConfigError: .*torch.distributed is not initialised"),
+        (["group", "group"], True, "shm", "group"),
     ],
 )
 def test_all_ranks_come_to_one_mode(
-    cluster: LocalCluster, job_name: str, tmp_path: Path, modes: list[str], world: bool, expected: str
+    cluster: LocalCluster, job_name: str, tmp_path: Path, modes: list[str], world: bool, link: str, expected: str
 ) -> None:
-    import re
-
-    found = run("choose", cluster, tmp_path, 2, job=job_name, modes=modes, world=world)
+    found = run("choose", cluster, tmp_path, 2, job=job_name, modes=modes, world=world, link=link)
     assert all(re.match(expected, mode) for mode in found), found
