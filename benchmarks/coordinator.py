@@ -313,7 +313,6 @@ _ENTRIES = (
     "begin_backward",
     "end_backward",
     "fetch",
-    "fetch_for_backward",
     "release",
     "unsaved",
 )
