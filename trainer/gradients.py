@@ -113,7 +113,8 @@ class Gradients:
 
     def _before_accumulation(self, state: OffloadedParameter, gradient: torch.Tensor) -> None:
         """torch is about to add to `param.grad`, where the placeholder may be."""
-        if state in self._sent or self.edits:
+        # Not for every parameter: it looks at all of them.
+        if self.edits or (state in self._sent and ((present := _grad(state)) is None or _is_zeroed(present))):
             self.settle()
         # Refused while the placeholder is there, so that a step can still follow.
         self._announcement.check_expected(state)
@@ -306,7 +307,7 @@ class Gradients:
         """Has the servers hear of what `Module.zero_grad()`, or an assignment of None, did to placeholders alone."""
         gradients = {state: _grad(state) for state in self._sent}
         gone = [state for state, gradient in gradients.items() if gradient is None]
-        zeroed = [s for s, gradient in gradients.items() if getattr(gradient, "_zero_ps_zeroed", False)]
+        zeroed = [state for state, gradient in gradients.items() if _is_zeroed(gradient)]
         if gone or zeroed:
             self._announcement.gradients_dropped()
         # What was done to gradients that stay has still to be done to them.
@@ -320,6 +321,11 @@ class Gradients:
 def _grad(state: OffloadedParameter) -> torch.Tensor | None:
     with torch._C.DisableTorchFunctionSubclass():
         return state.param.grad
+
+
+def _is_zeroed(gradient: torch.Tensor | None) -> bool:
+    """Whether servers have still to hear that the gradient was set to zeros."""
+    return getattr(gradient, "_zero_ps_zeroed", False)
 
 
 def _set_grad(state: OffloadedParameter, gradient: torch.Tensor | None) -> None:
