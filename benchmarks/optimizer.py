@@ -12,8 +12,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +22,16 @@ from torch import nn
 
 import trainer
 from benchmarks import report
-from benchmarks.storage import WIDTH, opened
+from benchmarks.storage import WIDTH, opened, server
 from protos.values import Option
 from ps import LocalCluster
 from ps.contributions import Gradient
 from ps.job import Job
-from ps.jobs import Jobs
 from ps.monitor import Patience
 from ps.opening import set_optimizer
-from ps.options import ServerOptions
 from ps.sessions import Session
 from ps.steps import StepWish
-from ps.store import DataDir, OptimizerGroup, OptimizerSpec
+from ps.store import OptimizerGroup, OptimizerSpec
 from ps.tier import Tier
 
 MIB = 1 << 20
@@ -59,7 +57,7 @@ def throughput(matrices: int, rounds: int) -> list[report.Row]:
     flat.grad = torch.full_like(flat, 0.01)
     reference = torch.optim.AdamW([flat], lr=1e-3, fused=True)
     ours, theirs = [], []
-    with _server() as (jobs, job):
+    with tempfile.TemporaryDirectory(prefix="zero-ps-") as folder, server(Path(folder), Tier()) as (jobs, job):
         session = opened(jobs, matrices)
         group = OptimizerGroup(OPTIONS, tuple(range(matrices)))
         set_optimizer(job, session, OptimizerSpec("AdamW", (group,)), Patience.of(PATIENCE))
@@ -77,18 +75,6 @@ def throughput(matrices: int, rounds: int) -> list[report.Row]:
     ratio, rate = statistics.median(theirs[2:]) / seconds, parameters / seconds / 1e6
     case: dict[str, str | int | float] = {"parameters_m": parameters // 10**6}
     return [report.Row("AdamW in memory", rate, "M parameters/s", "one flat tensor", ratio, at_least=0.8, case=case)]
-
-
-@contextmanager
-def _server() -> Iterator[tuple[Jobs, Job]]:
-    with tempfile.TemporaryDirectory(prefix="zero-ps-") as folder, DataDir(Path(folder), 0, 1) as data_dir:
-        jobs = Jobs(ServerOptions(0, 1, lease_seconds=1e6), data_dir, Tier())
-        job, session = jobs.open_session("bench", 0, 1, "first", False, Patience.of(5))
-        job.close_session(session)
-        try:
-            yield jobs, job
-        finally:
-            jobs.close()
 
 
 def _step(job: Job, session: Session, step: int) -> None:

@@ -67,14 +67,14 @@ def cold_pull(folder: Path, matrices: int) -> list[report.Row]:
     """All weights of a shard that was just restored, so that all of it is on disk only, against reading the same
     files. Checksums are compared, as they are the first time."""
     weights = matrices * WIDTH * WIDTH * 4
-    with server(folder / "pull", weights // 4) as (jobs, job):
+    with server(folder / "pull", limited(weights // 4)) as (jobs, job):
         session = opened(jobs, matrices)
         commits.commit(job, session, commits.CommitRequest(CommitKey(0, "a"), ""), Patience.of(PATIENCE))
         job.close_session(session)
     files = sorted((folder / "pull/bench/generations/00000000/weight").glob("*/c/*/*"))
     raw, pull = [], []
     for _ in range(5):
-        with server(folder / "pull", weights // 4) as (jobs, job):
+        with server(folder / "pull", limited(weights // 4)) as (jobs, job):
             session = jobs.open_session("bench", 0, 1, "again", False, Patience.of(5))[1]
             commits.restore(job, session, CommitKey(0, "a"), "b", Patience.of(PATIENCE))
             drop_caches(files)
@@ -120,7 +120,7 @@ def optimizer_pass(folder: Path, matrices: int) -> list[report.Row]:
     parameters = matrices * WIDTH * WIDTH
     memory = STATES_PER_WEIGHT * parameters * 4 // 10
     ratios, moved, seconds = [], 0.0, []
-    with server(folder / "pass", memory) as (jobs, job):
+    with server(folder / "pass", limited(memory)) as (jobs, job):
         session = opened(jobs, matrices)
         adamw(job, session, matrices)
         gradients(job, session, matrices, 0)
@@ -180,7 +180,7 @@ def policies(folder: Path, matrices: int) -> list[report.Row]:
     read = {}
     for policy in ("plan", "lru"):
         memory = STATES_PER_WEIGHT * matrices * WIDTH * WIDTH * 4 // 4
-        with server(folder / policy, memory, policy) as (jobs, job):
+        with server(folder / policy, limited(memory, policy)) as (jobs, job):
             session = opened(jobs, matrices)
             adamw(job, session, matrices)
             for step in range(3):
@@ -259,8 +259,7 @@ def status_of(cluster: LocalCluster) -> pb.StatusResponse:
 
 
 @contextmanager
-def server(folder: Path, memory: int, policy: str = "plan") -> Iterator[tuple[Jobs, Job]]:
-    tier = Tier(memory, policy_named(policy))
+def server(folder: Path, tier: Tier) -> Iterator[tuple[Jobs, Job]]:
     with DataDir(folder, 0, 1) as data_dir:
         jobs = Jobs(ServerOptions(0, 1, lease_seconds=1e6), data_dir, tier)
         job, session = jobs.open_session("bench", 0, 1, "first", False, Patience.of(5))
@@ -270,6 +269,10 @@ def server(folder: Path, memory: int, policy: str = "plan") -> Iterator[tuple[Jo
         finally:
             jobs.close()
             tier.close()
+
+
+def limited(memory: int, policy: str = "plan") -> Tier:
+    return Tier(memory, policy_named(policy))
 
 
 def opened(jobs: Jobs, matrices: int) -> Session:

@@ -4,7 +4,7 @@ import logging
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -195,12 +195,7 @@ class Job:
         self.commits.wait_before_change(step, Patience.of(FLUSH_SECONDS))
         with at_liberty(shard, [chunk for chunk, _ in values], self.shard_lock):
             with self.monitor:
-                session.check()
-                if self.shard is not shard:
-                    raise Conflict(f"job {self.name!r} was restored meanwhile")
-                for chunk, _ in values:
-                    if chunk.version != step:
-                        raise Conflict(f"a weight for version {step} of {chunk.label} came at version {chunk.version}")
+                self.check_at(session, shard, step, [chunk for chunk, _ in values], "a weight")
             for chunk, weight in values:
                 self._write_weight(session, shard, chunk, weight)
             self.monitor.changed()
@@ -220,6 +215,16 @@ class Job:
                 shard.generation = None
                 chunk.write(weight.tensor)
         self.tier.give_back(weight)
+
+    def check_at(self, session: Session, shard: Shard, step: int, chunks: Iterable[Chunk], what: str) -> None:
+        """Raises unless the session may replace something (`what`) of these chunks at version `step`; expects the
+        monitor to be held."""
+        session.check()
+        if self.shard is not shard:
+            raise Conflict(f"job {self.name!r} was restored meanwhile")
+        for chunk in chunks:
+            if chunk.version != step:
+                raise Conflict(f"{what} for version {step} of {chunk.label} came at version {chunk.version}")
 
     def step_from(self, session: Session, step: int, wish: StepWish, patience: Patience) -> None:
         """The session's word for a step; see `Steps.step`."""

@@ -77,7 +77,7 @@ def _chunks(
             offset = first * wire.itemsize
             yield Block(
                 (end - first) * wire.itemsize,
-                _reader(chunk, version, wire, offset, patience),
+                _shifted(_reader(chunk, version, wire, patience), offset),
                 _lender(chunk, version, wire, patience),
                 offset,
             )
@@ -115,10 +115,8 @@ def _shifted(read: Read, offset: int) -> Read:
     return lambda start, stop: read(offset + start, offset + stop)
 
 
-def _reader(
-    chunk: Chunk, version: int, dtype: torch.dtype, offset: int, patience: Patience
-) -> Callable[[int, int], bytes]:
-    return lambda start, stop: chunk.read(version, dtype, offset + start, offset + stop, patience)
+def _reader(chunk: Chunk, version: int, dtype: torch.dtype, patience: Patience) -> Read:
+    return lambda start, stop: chunk.read(version, dtype, start, stop, patience)
 
 
 def _lender(chunk: Chunk, version: int, dtype: torch.dtype, patience: Patience) -> Callable[[Arena], Lent | None]:

@@ -120,10 +120,5 @@ def clear_state(job: Job, session: Session, shard: Shard, step: int, parameters:
 
 def _check(job: Job, session: Session, shard: Shard, step: int, chunks: Iterable[Chunk]) -> None:
     with job.monitor:
-        session.check()
-        if job.shard is not shard:
-            raise Conflict(f"job {job.name!r} was restored meanwhile")
-        for chunk in chunks:
-            if chunk.version != step:
-                raise Conflict(f"state for version {step} of {chunk.label} came at version {chunk.version}")
+        job.check_at(session, shard, step, chunks, "state")
         shard.generation = None

@@ -128,7 +128,7 @@ def decode_step(request: pb.StepRequest | pb.AnnounceStepRequest) -> StepWish:
 
 
 def decode_edits(edits: Sequence[pb.GradEdit]) -> tuple[GradientEdit, ...]:
-    """Raises InvalidRequest for one that says nothing,."""
+    """Raises InvalidRequest for one that says nothing."""
     if len(edits) > _MAX_GROUPS:
         raise InvalidRequest(f"gradients may be edited {_MAX_GROUPS} times before their norm is taken")
     decoded = []

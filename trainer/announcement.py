@@ -81,13 +81,9 @@ class Announcement:
             return
         self.running = False
         self._forget_backward()
-        if not self._final:
-            self._withdraw()
-            return
-        self._job.broken = StepHalfDone(
-            f"step {self._job.step} of job {self._job.name!r} is half done: its last backward failed "
-            f"({type(error).__name__}: {error}) after servers got final gradients, so that some parameters may have "
-            "been updated and others not; close the job and connect again, which goes back to the last commit"
+        self._take_back(
+            f"its last backward failed ({type(error).__name__}: {error}) after servers got final gradients, so that "
+            "some parameters may have been updated and others not"
         )
 
     def gradients_dropped(self) -> None:
@@ -97,15 +93,12 @@ class Announcement:
         """
         if not self.made:
             return
-        if not self._final:
-            self._withdraw()
-            return
-        self._job.broken = StepHalfDone(
-            f"step {self._job.step} of job {self._job.name!r} is half done: gradients were dropped, as by "
-            "model.zero_grad(), between optimizer.last_backward() and optimizer.step(), when servers may have used "
-            "some already; close the job and connect again, which goes back to the last commit"
+        self._take_back(
+            "gradients were dropped, as by model.zero_grad(), between optimizer.last_backward() and optimizer.step(), "
+            "when servers may have used some already"
         )
-        raise self._job.broken
+        if self._job.broken is not None:
+            raise self._job.broken
 
     def check_step(self, groups: Sequence[pb.OptimizerGroup]) -> None:
         """Raises ConfigError if the options of a step are not those that were announced."""
@@ -129,6 +122,16 @@ class Announcement:
     def _forget_backward(self) -> None:
         self._came.clear()
         self._needed.clear()
+
+    def _take_back(self, why: str) -> None:
+        """The step cannot be made as announced. If something was final the job cannot go on; why: says so."""
+        if not self._final:
+            self._withdraw()
+            return
+        self._job.broken = StepHalfDone(
+            f"step {self._job.step} of job {self._job.name!r} is half done: {why}; close the job and connect again, "
+            "which goes back to the last commit"
+        )
 
     def _withdraw(self) -> None:
         # Servers that cannot be told have forgotten it, or say so to the next call.

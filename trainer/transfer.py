@@ -238,12 +238,9 @@ class Transfer:
 
     def _acknowledged(self, size: int, sending: "_Sending", future: "Future[None]") -> None:
         with self._lock:
-            self._inflight_bytes -= size
-            if not future.cancelled() and future.exception() is not None:
-                self._error = self._error or future.exception()
+            self.let_go(size, None if future.cancelled() else future.exception())
             sending.parts -= 1
             finished = sending.parts == 0
-            self._lock.notify_all()
         if finished and sending.on_sent is not None:
             sending.on_sent()
 

@@ -4,7 +4,6 @@ import queue
 import secrets
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -19,14 +18,6 @@ from trainer.links.streams import PendingPull, StreamLink
 from trainer.server import Server
 
 
-@dataclass
-class _Coming:
-    """A pull whose bytes are on their way."""
-
-    pull: PendingPull
-    works: list[dist.Work] = field(default_factory=list)
-
-
 class GlooLink(StreamLink):
     """Bytes land where they are wanted; a thread waits for them."""
 
@@ -37,15 +28,16 @@ class GlooLink(StreamLink):
         self._tag = 0
         # By the push: what may not be changed or freed before the server has it.
         self._leaving: dict[int, list[tuple[dist.Work, torch.Tensor]]] = {}
+        # What is on its way of the pull that is being answered, and the pulls of which all is.
         self._works: list[dist.Work] = []
-        self._arrivals: queue.SimpleQueue[_Coming | None] = queue.SimpleQueue()
+        self._coming: queue.SimpleQueue[tuple[PendingPull, list[dist.Work]] | None] = queue.SimpleQueue()
         self._waiter = threading.Thread(target=self._wait, name=f"zero-ps gloo {server.address}", daemon=True)
         self._waiter.start()
         super().__init__(server)
 
     def close(self) -> None:
         super().close()
-        self._arrivals.put(None)
+        self._coming.put(None)
 
     # ------------------------------------------------------------ pulls
 
@@ -60,18 +52,20 @@ class GlooLink(StreamLink):
 
     def complete(self, pull: PendingPull) -> None:
         works, self._works = self._works, []
-        self._arrivals.put(_Coming(pull, works))
+        self._coming.put((pull, works))
 
     def _wait(self) -> None:
-        while (coming := self._arrivals.get()) is not None:
+        while (coming := self._coming.get()) is not None:
+            pull, works = coming
             try:
-                for work in coming.works:
+                for work in works:
                     pair.wait(work)
             except Exception as error:
-                coming.pull.fail(self._gone(error))
+                pull.fail(self._gone(error))
             else:
-                coming.pull.finish()
-            del coming
+                pull.finish()
+            # A local of an idle thread would keep what was pulled last.
+            del coming, pull, works
 
     def _gone(self, error: Exception) -> ZeroPsError:
         return ConnectError(
