@@ -33,8 +33,8 @@ from ps.options import ServerOptions
 from ps.pull import answer_pulls
 from ps.sessions import Session
 from ps.steps import StepWish
-from ps.store import CommitKey, DataDir, OptimizerGroup, OptimizerSpec, StoredParameter
-from ps.tier import Tier, direct, policy_named
+from ps.store import CommitKey, DataDir, OptimizerGroup, OptimizerSpec, StoredParameter, direct
+from ps.tier import Tier, policy_named
 from ps.tier.buffers import Buffer
 from ps.traffic import Traffic
 

@@ -10,8 +10,8 @@ class Flush:
     """What one commit still has to write of a shard.
 
     Whoever is about to change a chunk asks `holds` with the job's `shard_lock` held, under which a commit
-    begins; if it does, they let go of the lock and `settle`. Chunks that are written already, into the page
-    cache at least, may change while the commit goes on.
+    begins; if it does, they let go of the lock and `settle`. Chunks that are written already, to the disk or into
+    the page cache, may change while the commit goes on.
 
     version: of every chunk as it is written.
     """
@@ -23,6 +23,7 @@ class Flush:
         # In the order in which they are to be written, and those of them that are being written.
         self._waiting = dict.fromkeys(chunks)
         self._writing: set[Chunk] = set()
+        self._awaited: set[Chunk] = set()
 
     def __iter__(self) -> Iterator[Chunk]:
         """Hands out every chunk once, those that somebody waits for first."""
@@ -48,6 +49,11 @@ class Flush:
             self._writing.clear()
             self._monitor.changed()
 
+    def awaits(self, chunk: Chunk) -> bool:
+        """Whether somebody waits, or has waited, to change it."""
+        with self._monitor:
+            return chunk in self._awaited
+
     def holds(self, chunks: Iterable[Chunk]) -> bool:
         """Whether one of these still has to stay as it is."""
         with self._monitor:
@@ -59,6 +65,7 @@ class Flush:
         with self._monitor:
             first = [chunk for chunk in chunks if chunk in self._waiting]
             self._waiting = dict.fromkeys([*first, *self._waiting])
+            self._awaited.update(first)
         self._monitor.wait_until(
             lambda: not self.holds(chunks), patience, lambda: f"{self._what} to write {chunks[0].label}"
         )

@@ -140,7 +140,7 @@ class Generations:
                 shard.tier.save(part for chunk in unknown for part in (chunk.weight, *chunk.state.values()))
                 for chunk in chunks:
                     stamps[chunk] = chunk.stamp
-                    yield _values(chunk, snapshot.arrays)
+                    yield _values(chunk, snapshot.arrays, flush.awaits(chunk))
 
         def taken(state: ChunkState[ChunkValue]) -> None:
             flush.taken(shard.find(state.parameter, state.chunk))
@@ -202,7 +202,7 @@ def _has_files(chunk: Chunk) -> bool:
     return files is not None and all(file.path.exists() for file in (files.weight, *files.state.values()))
 
 
-def _values(chunk: Chunk, arrays: Mapping[str, StateArray]) -> ChunkState[ChunkValue]:
+def _values(chunk: Chunk, arrays: Mapping[str, StateArray], awaited: bool) -> ChunkState[ChunkValue]:
     """What a chunk is written from: files that are right, of an earlier generation or spilled, else memory."""
     stored = chunk.stored
 
@@ -218,7 +218,7 @@ def _values(chunk: Chunk, arrays: Mapping[str, StateArray]) -> ChunkState[ChunkV
         for name, part in chunk.state.items()
         if name in arrays and part.filled
     }
-    return ChunkState(chunk.parameter, chunk.index, weight, state)
+    return ChunkState(chunk.parameter, chunk.index, weight, state, awaited)
 
 
 @contextmanager

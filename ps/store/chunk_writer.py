@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 
 from protos.layout import ChunkGrid
-from ps.store import checksum, durable
+from ps.store import checksum, direct, durable
 from ps.store.arrays import ChunkedArray, state_array, value_array
 from ps.store.chunk_file import read_file
 from ps.store.chunk_files import ChunkFiles, Span
@@ -22,7 +22,7 @@ from ps.store.errors import DamagedError
 IN_FLIGHT = 16
 """Write calls begun and not finished. More keep no more cores busy and hold more chunks."""
 
-DIRECT_BYTES = 1 << 20
+LARGE_BYTES = 1 << 20
 """A tensor of at least this size is written from where it is, in a call of its own. Smaller ones are
 copied together first: a call costs half a millisecond, however little it writes."""
 
@@ -95,7 +95,8 @@ class ChunkWriter:
         """Takes one chunk. Its tensors must not change, nor its files go, until `taken` was called.
 
         taken: called from any thread once the operating system has all of the chunk's bytes. Large tensors
-            are written without a copy.
+            are written without a copy: from whole pages straight to the disk, which leaves the processor to
+            others, unless the chunk is awaited.
 
         Raises ValueError for a chunk that is not this shard's, was added before, or does not have the shapes
         and dtypes that header and state arrays state; OSError if a write fails; DamagedError for a file that
@@ -112,7 +113,7 @@ class ChunkWriter:
         parameter = header.manifest[chunk.parameter]
         shape = ChunkGrid.of(parameter.shape).chunk_shape(chunk.chunk)
         handover = _Handover(taken)
-        self._add(disk, value_array(parameter), chunk.chunk, chunk.weight, shape, handover)
+        self._add(disk, value_array(parameter), chunk.chunk, chunk.weight, shape, handover, chunk.awaited)
         if chunk.state and not parameter.has_state:
             raise ValueError(f"{parameter.name!r} is not trained and cannot have optimizer state")
         for name, value in chunk.state.items():
@@ -120,7 +121,7 @@ class ChunkWriter:
                 raise ValueError(f"state {name!r} of {parameter.name!r} is not among {sorted(self._states)}")
             state = self._states[name]
             array = state_array(parameter, state)
-            self._add(disk, array, chunk.chunk, value, shape if state.per_element else (), handover)
+            self._add(disk, array, chunk.chunk, value, shape if state.per_element else (), handover, chunk.awaited)
         handover.done()
 
     def finish(self) -> list[Mapping[ChunkedArray, Mapping[int, int]]]:
@@ -149,6 +150,7 @@ class ChunkWriter:
         value: ChunkValue,
         shape: tuple[int, ...],
         handover: _Handover,
+        awaited: bool,
     ) -> None:
         if isinstance(value, ChunkFile):
             handover.expect()
@@ -165,9 +167,9 @@ class ChunkWriter:
             self._submit(self._write_encoded, disk, array, chunk, tensor, handover)
             return
         whole = tensor.nbytes == array.chunk_bytes and tensor.is_contiguous() and tensor.device.type == "cpu"
-        if whole and tensor.nbytes >= DIRECT_BYTES:
+        if whole and tensor.nbytes >= LARGE_BYTES:
             handover.expect()
-            self._submit(self._write_direct, disk, array, chunk, tensor, handover)
+            self._submit(self._write_large, disk, array, chunk, tensor, handover, awaited)
             return
         # Zeroed, since the last chunk of an array is padded to the length of the others; and up to where the
         # next one can be viewed in any dtype.
@@ -175,7 +177,7 @@ class ChunkWriter:
         padded[: tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
         disk.small.append((array, chunk, padded))
         disk.small_bytes += array.chunk_bytes
-        if disk.small_bytes >= DIRECT_BYTES or len(disk.small) >= TOGETHER:
+        if disk.small_bytes >= LARGE_BYTES or len(disk.small) >= TOGETHER:
             self._flush_small(disk)
 
     def _flush_small(self, disk: _Disk) -> None:
@@ -190,14 +192,26 @@ class ChunkWriter:
             self._syncing.popleft().result()
         self._writing.append(self._writers.submit(task, *arguments))
 
-    def _write_direct(
-        self, disk: _Disk, array: ChunkedArray, chunk: int, tensor: torch.Tensor, handover: _Handover
+    def _write_large(
+        self,
+        disk: _Disk,
+        array: ChunkedArray,
+        chunk: int,
+        tensor: torch.Tensor,
+        handover: _Handover,
+        awaited: bool,
     ) -> None:
+        key = array.chunk_key(chunk)
         buffer = tensor.reshape(-1).view(torch.uint8)
-        disk.files.write([Span(array.chunk_key(chunk), array.chunk_bytes, 0, array.chunk_bytes)], buffer)
+        if direct.fits(buffer) and not awaited:
+            file = disk.folder / key
+            file.parent.mkdir(mode=durable.FOLDER_MODE, parents=True, exist_ok=True)
+            direct.write_file(str(file), buffer.numpy().data, len(buffer), len(buffer))
+        else:
+            disk.files.write([Span(key, array.chunk_bytes, 0, array.chunk_bytes)], buffer)
         disk.written[array][chunk] = checksum.crc32c(buffer)
         handover.done()
-        self._wrote(disk, [array.chunk_key(chunk)], array.chunk_bytes)
+        self._wrote(disk, [key], array.chunk_bytes)
 
     def _write_together(self, disk: _Disk, files: list[tuple[ChunkedArray, int, torch.Tensor]]) -> None:
         spans, offset = [], 0

@@ -132,12 +132,14 @@ class ChunkState(Generic[V_co]):
     parameter: index into the manifest.
     weight: as a tensor, shape `ChunkGrid.chunk_shape(chunk)`, dtype as in the manifest.
     state: by torch's own names, of the weight's shape or 0-d. Empty if the chunk was never stepped.
+    awaited: whether somebody waits for it to be written, and rather to the page cache than to the disk.
     """
 
     parameter: int
     chunk: int
     weight: V_co
     state: Mapping[str, V_co] = field(default_factory=dict)
+    awaited: bool = False
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,9 @@ from pathlib import Path
 import torch
 
 from ps.errors import StorageFailed
-from ps.store import checksum, durable
+from ps.store import checksum, direct, durable
 from ps.store.arrays import METADATA_FILE, ChunkedArray, group_metadata
 from ps.store.errors import GO_BACK
-from ps.tier import direct
 
 _EXCHANGE = 2
 _AT_CWD = -100

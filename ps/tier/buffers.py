@@ -4,15 +4,7 @@ import mmap
 
 import torch
 
-PAGE = 4096
-"""What direct I/O asks addresses and lengths to be multiples of."""
-
 _HUGE = 2 << 20
-
-
-def page_aligned(size: int) -> int:
-    """`size` in bytes, rounded up to whole pages."""
-    return -(-size // PAGE) * PAGE
 
 
 class Buffer:

@@ -6,7 +6,8 @@ import torch
 
 from protos.sizes import format_bytes
 from ps.monitor import Monitor, Patience
-from ps.tier.buffers import Buffer, page_aligned
+from ps.store.direct import page_aligned
+from ps.tier.buffers import Buffer
 from ps.tier.room import Room
 from ps.tier.shares import Shares
 

@@ -6,7 +6,7 @@ from types import TracebackType
 
 from protos.sizes import format_bytes
 from ps.monitor import Monitor, Patience
-from ps.tier.buffers import page_aligned
+from ps.store.direct import page_aligned
 from ps.tier.part import Part
 from ps.tier.room import Room
 from ps.tier.shares import Shares

@@ -2,7 +2,7 @@
 
 from protos.sizes import format_bytes
 from ps.errors import OutOfBudget
-from ps.tier.buffers import page_aligned
+from ps.store.direct import page_aligned
 
 
 class Shares:

@@ -41,6 +41,7 @@ def test_chunks_that_are_waited_for_are_handed_out_first() -> None:
     with pytest.raises(Timeout, match="waited 0 s for the commit to write chunk 3"):
         flush.settle([chunks[3], chunks[4]], Patience.of(0))
     assert [c.index for c in handed_out] == [3, 4, 1, 2]
+    assert [c.index for c in chunks if flush.awaits(c)] == [3, 4]
 
 
 def test_a_chunk_is_held_until_it_was_taken_or_the_commit_is_over() -> None:

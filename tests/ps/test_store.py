@@ -16,8 +16,10 @@ from ps.store import (
     OptimizerSpec,
     StateArray,
     StoredParameter,
+    direct,
 )
 from ps.store.testing import ADAM_STATE, Model
+from ps.tier.buffers import Buffer
 
 DTYPES = [
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16,
@@ -131,6 +133,26 @@ def test_strided_tensors_and_parameters_that_need_gradients_are_written(tmp_path
     assert not strided.is_contiguous()
     store = JobStore(tmp_path, "gpt", 0, 1)
     store.write(model.header(), [ChunkState(0, 0, strided)], {})
+    assert_same_chunks(store.read_chunks(0), [chunk])
+
+
+@pytest.mark.parametrize("awaited", [False, True])
+def test_whole_pages_are_written_past_the_page_cache_unless_somebody_waits(tmp_path, monkeypatch, awaited):
+    model = Model([param("a", 512, 1024)], {})
+    (chunk,) = model.chunks()
+    pages = Buffer(chunk.weight.nbytes).view(chunk.weight.shape, chunk.weight.dtype, chunk.weight.nbytes)
+    pages.copy_(chunk.weight)
+    direct_files = []
+    write_file = direct.write_file
+
+    def record(path, *arguments):
+        direct_files.append(path)
+        write_file(path, *arguments)
+
+    monkeypatch.setattr(direct, "write_file", record)
+    store = JobStore(tmp_path, "gpt", 0, 1)
+    store.write(model.header(), [ChunkState(0, 0, pages, awaited=awaited)], {})
+    assert len(direct_files) == (0 if awaited else 1)
     assert_same_chunks(store.read_chunks(0), [chunk])
 
 

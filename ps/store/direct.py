@@ -9,9 +9,22 @@ import errno
 import os
 from collections.abc import Callable
 
-from ps.tier.buffers import page_aligned
+import torch
+
+PAGE = 4096
+"""What direct I/O asks addresses and lengths to be multiples of."""
 
 _DIRECT = getattr(os, "O_DIRECT", 0)
+
+
+def page_aligned(size: int) -> int:
+    """`size` in bytes, rounded up to whole pages."""
+    return -(-size // PAGE) * PAGE
+
+
+def fits(data: torch.Tensor) -> bool:
+    """Whether bytes, a 1-d uint8 tensor on the CPU, can be written from where they are."""
+    return data.data_ptr() % PAGE == 0 and len(data) % PAGE == 0
 
 
 def read_file(path: str, into: memoryview, size: int, file_bytes: int) -> None:
