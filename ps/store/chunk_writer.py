@@ -88,15 +88,16 @@ class ChunkWriter:
         self._missing = dict(spread(shapes, header.shard, header.num_shards, len(folders)))
         self._writing: deque[Future[None]] = deque()
         self._syncing: deque[Future[None]] = deque()
+        self._scratch = direct.Scratch()
         self._bytes_lock = threading.Lock()
         self.bytes_written = 0
 
     def add(self, chunk: ChunkState[ChunkValue], taken: Callable[[], None] = lambda: None) -> None:
         """Takes one chunk. Its tensors must not change, nor its files go, until `taken` was called.
 
-        taken: called from any thread once the operating system has all of the chunk's bytes. Large tensors
-            are written without a copy: from whole pages straight to the disk, which leaves the processor to
-            others, unless the chunk is awaited.
+        taken: called from any thread once the chunk's bytes are copied: to the page cache if it is awaited, else to
+            memory from which they go straight to the disk. The former is sooner, if a disk is slow or much is to
+            be written; the latter takes a third of the processor's time.
 
         Raises ValueError for a chunk that is not this shard's, was added before, or does not have the shapes
         and dtypes that header and state arrays state; OSError if a write fails; DamagedError for a file that
@@ -202,15 +203,19 @@ class ChunkWriter:
         awaited: bool,
     ) -> None:
         key = array.chunk_key(chunk)
-        buffer = tensor.reshape(-1).view(torch.uint8)
-        if direct.fits(buffer) and not awaited:
+        data = tensor.reshape(-1).view(torch.uint8)
+        if awaited:
+            disk.files.write([Span(key, array.chunk_bytes, 0, array.chunk_bytes)], data)
+            disk.written[array][chunk] = checksum.crc32c(data)
+            handover.done()
+        else:
+            copied = self._scratch.bytes(len(data))
+            copied[: len(data)].copy_(data)
+            handover.done()
+            disk.written[array][chunk] = checksum.crc32c(copied[: len(data)])
             file = disk.folder / key
             file.parent.mkdir(mode=durable.FOLDER_MODE, parents=True, exist_ok=True)
-            direct.write_file(str(file), buffer.numpy().data, len(buffer), len(buffer))
-        else:
-            disk.files.write([Span(key, array.chunk_bytes, 0, array.chunk_bytes)], buffer)
-        disk.written[array][chunk] = checksum.crc32c(buffer)
-        handover.done()
+            direct.write_file(str(file), copied.numpy().data, len(data), len(data))
         self._wrote(disk, [key], array.chunk_bytes)
 
     def _write_together(self, disk: _Disk, files: list[tuple[ChunkedArray, int, torch.Tensor]]) -> None:

@@ -6,7 +6,9 @@ the cache, 0.4 to 0.8 of the speed of direct reads, at five times their processo
 """
 
 import errno
+import mmap
 import os
+import threading
 from collections.abc import Callable
 
 import torch
@@ -22,9 +24,17 @@ def page_aligned(size: int) -> int:
     return -(-size // PAGE) * PAGE
 
 
-def fits(data: torch.Tensor) -> bool:
-    """Whether bytes, a 1-d uint8 tensor on the CPU, can be written from where they are."""
-    return data.data_ptr() % PAGE == 0 and len(data) % PAGE == 0
+class Scratch(threading.local):
+    """Memory of each thread to write from, whose pages stay until the thread or the object ends."""
+
+    _memory: torch.Tensor | None = None
+
+    def bytes(self, size: int) -> torch.Tensor:
+        """A 1-d uint8 tensor of `size` rounded up to whole pages, with anything in it; until the next call."""
+        size = page_aligned(size)
+        if self._memory is None or len(self._memory) < size:
+            self._memory = torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8)
+        return self._memory[:size]
 
 
 def read_file(path: str, into: memoryview, size: int, file_bytes: int) -> None:

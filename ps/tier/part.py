@@ -117,7 +117,7 @@ class Part:
     def tensor(self) -> torch.Tensor:
         if self.area is None:
             if self.plain is None:
-                self.plain = self._own_memory()
+                self.plain = torch.empty(self.shape, dtype=self.dtype)
             return self.plain
         assert self.buffer is not None, self.label
         return self.buffer.view(self.shape, self.dtype, self.nbytes)
@@ -167,15 +167,9 @@ class Part:
     def _taken_from(self, arena: Arena) -> torch.Tensor:
         return arena.take(self.nbytes).view(self.dtype).view(self.shape)
 
-    def _own_memory(self) -> torch.Tensor:
-        """Whole pages, from which a commit writes past the page cache; but not for each of the small ones."""
-        if self.nbytes < SMALL_BYTES:
-            return torch.empty(self.shape, dtype=self.dtype)
-        return Buffer(self.size).view(self.shape, self.dtype, self.nbytes)
-
     def hold(self, tensor: torch.Tensor) -> None:
-        """Has this content from now on; expects a lease. A small tensor may become the part's."""
-        if self.area is None and self.nbytes < SMALL_BYTES:
+        """Has this content from now on; expects a lease. The tensor becomes the part's if that has none."""
+        if self.area is None:
             self.plain = tensor
         elif tensor.data_ptr() != self.tensor.data_ptr():
             self.tensor.copy_(tensor)

@@ -18,7 +18,6 @@ from ps.errors import OutOfBudget, StorageFailed, Timeout
 from ps.monitor import Patience
 from ps.store import checksum
 from ps.store.arrays import ChunkedArray
-from ps.store.direct import PAGE
 from ps.tier import Area, FarthestNextUse, LeastRecentlyUsed, Part, Policy, Tier
 
 ELEMENTS = 20_000
@@ -71,14 +70,6 @@ def test_spill_files_are_a_plain_zarr_group(tier: Tier, area: Area) -> None:
     tier.save(parts)
     group = zarr.open_group(area.folder, mode="r")
     assert all((group[f"weight/w{number}"][:] == number).all() for number in range(10))
-
-
-def test_what_stays_in_memory_lies_in_whole_pages(tier: Tier) -> None:
-    part = Part("weight", (100_000,), torch.float32)
-    with tier.lease(fresh=[part]):
-        part.hold(torch.arange(100_000, dtype=torch.float32)[:])
-    assert part.tensor.data_ptr() % PAGE == 0
-    assert torch.equal(part.tensor, torch.arange(100_000, dtype=torch.float32))
 
 
 def test_a_clean_part_leaves_without_being_written(tier: Tier, area: Area) -> None:
