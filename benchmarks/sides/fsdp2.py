@@ -1,0 +1,39 @@
+"""FSDP2 (`fully_shard`): parameters, gradients and optimizer sharded over the trainers, in their memory."""
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+from benchmarks.sides.side import serve
+from benchmarks.workload import LEARNING_RATE, Batches, Workload
+
+
+class Fsdp2:
+    """fp32 masters, bf16 compute, gradients reduced in bf16: what the other sides do."""
+
+    def __init__(self, work: Workload, batches: Batches) -> None:
+        dist.init_process_group("gloo")
+        mesh = init_device_mesh("cpu", (work.world_size,))
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.bfloat16)
+        model = work.model()
+        for block in model.blocks:
+            fully_shard(block, mesh=mesh, mp_policy=policy)
+        fully_shard(model, mesh=mesh, mp_policy=policy)
+        self._model = model
+        self._optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
+        self._batches = batches
+
+    def step(self, index: int) -> float:
+        loss: torch.Tensor = self._model(*self._batches.at(index))
+        loss.backward()
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        return loss.item()
+
+    def moved(self) -> dict[str, int]:
+        return {}
+
+
+if __name__ == "__main__":
+    serve(Fsdp2)

@@ -1,0 +1,163 @@
+"""The processes of a side, from outside: starts them, has them make steps, and looks at what they cost."""
+
+import json
+import os
+import select
+import socket
+import subprocess
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Self
+
+from benchmarks.workload import Workload
+
+_START_SECONDS = 300.0
+_STEP_SECONDS = 120.0
+_TICKS = os.sysconf("SC_CLK_TCK")
+
+
+class SideError(Exception):
+    """A side's process ended or fell silent; the message has the end of what it wrote."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some steps in a row. seconds, losses: of each, the slowest trainer's and their mean.
+
+    processor_seconds: of all processes, servers included, for the whole block. moved: bytes, all trainers together.
+    """
+
+    seconds: Sequence[float]
+    losses: Sequence[float]
+    processor_seconds: float
+    moved: Mapping[str, int]
+
+
+class Ranks:
+    """The trainers of one side.
+
+    python: the interpreter. module: with the side's `serve`. others: processes of the side that are not its trainers,
+    as servers, by name; asked for whenever they are looked at.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        python: str,
+        module: str,
+        work: Workload,
+        others: Callable[[], Mapping[str, int]] = dict,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        self.name = name
+        self._others = others
+        self._logs = tempfile.TemporaryDirectory(prefix="zero-ps-side-")
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._moved: dict[str, int] = {}
+        port = _free_port()
+        for rank in range(work.world_size):
+            with self._log(rank).open("wb") as log:
+                self._processes.append(
+                    subprocess.Popen(
+                        [python, "-m", module, replace(work, rank=rank).encode()],
+                        stdin=subprocess.PIPE,
+                        stdout=subprocess.PIPE,
+                        stderr=log,
+                        env={
+                            **os.environ,
+                            **(environment or {}),
+                            "RANK": str(rank),
+                            "LOCAL_RANK": str(rank),
+                            "WORLD_SIZE": str(work.world_size),
+                            "LOCAL_WORLD_SIZE": str(work.world_size),
+                            "MASTER_ADDR": "127.0.0.1",
+                            "MASTER_PORT": str(port),
+                            # DeepSpeed's NVMe hangs without it.
+                            "OMP_NUM_THREADS": str(work.threads),
+                            "PYTHONUNBUFFERED": "1",
+                        },
+                    )
+                )
+
+    def wait_ready(self) -> None:
+        """Raises SideError."""
+        for rank in range(len(self._processes)):
+            self._answer(rank, _START_SECONDS)
+
+    def block(self, steps: int) -> Block:
+        """Has all trainers make steps. Raises SideError."""
+        before = self._processor_seconds()
+        for process in self._processes:
+            assert process.stdin is not None
+            process.stdin.write(json.dumps({"steps": steps}).encode() + b"\n")
+            process.stdin.flush()
+        answers = [self._answer(rank, _STEP_SECONDS * steps) for rank in range(len(self._processes))]
+        moved = {key: sum(answer["moved"][key] for answer in answers) for key in answers[0]["moved"]}
+        block = Block(
+            [max(each) for each in zip(*(answer["seconds"] for answer in answers), strict=True)],
+            [sum(each) / len(each) for each in zip(*(answer["losses"] for answer in answers), strict=True)],
+            self._processor_seconds() - before,
+            {key: value - self._moved.get(key, 0) for key, value in moved.items()},
+        )
+        self._moved = moved
+        return block
+
+    def peak_bytes(self) -> dict[str, int]:
+        """The most resident memory of each process since its start."""
+        return {name: _peak_bytes(pid) for name, pid in self.pids().items()}
+
+    def pids(self) -> dict[str, int]:
+        trainers = {f"trainer {rank}": process.pid for rank, process in enumerate(self._processes)}
+        return {**trainers, **self._others()}
+
+    def close(self) -> None:
+        for process in self._processes:
+            process.kill()
+        for process in self._processes:
+            process.wait()
+            for pipe in (process.stdin, process.stdout):
+                if pipe is not None:
+                    pipe.close()
+        self._logs.cleanup()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _answer(self, rank: int, timeout: float) -> dict[str, Any]:
+        process = self._processes[rank]
+        assert process.stdout is not None
+        readable, _, _ = select.select([process.stdout], [], [], timeout)
+        line = process.stdout.readline() if readable else b""
+        if line:
+            answer: dict[str, Any] = json.loads(line)
+            return answer
+        what = f"did not answer within {timeout:.0f} s" if not readable else "ended"
+        written = self._log(rank).read_text(errors="replace").strip().splitlines()
+        raise SideError(f"{self.name}: trainer {rank} {what}; it wrote last: " + "\n".join(written[-5:]))
+
+    def _processor_seconds(self) -> float:
+        return sum(_processor_seconds(pid) for pid in self.pids().values())
+
+    def _log(self, rank: int) -> Path:
+        return Path(self._logs.name) / f"trainer-{rank}.log"
+
+
+def _processor_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / _TICKS
+
+
+def _peak_bytes(pid: int) -> int:
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port: int = server.getsockname()[1]
+        return port
