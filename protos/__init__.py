@@ -20,6 +20,9 @@ MESSAGE_BYTES = 1 << 20
 MAX_MESSAGE_BYTES = 64 << 20
 """The largest message that either side accepts; the manifest of a large model is the largest one."""
 
+SESSION_METADATA = "zero-ps-session"
+"""The metadata by which a stream of bytes says whose it is before its first request."""
+
 MAX_MANIFEST_PARAMETERS = 1 << 20
 """The most parameters that a manifest may list."""
 

@@ -10,6 +10,8 @@ from ps.sessions import Session, Sessions
 _MAX_TAG_CHARS = 200
 _MAX_GATHERED_BYTES = 16 << 20
 _KEPT = 64
+_KEPT_BYTES = 32 << 20
+"""Of gatherings that nobody waits for any more: whose call was cut off may ask again for what came of it."""
 
 
 @dataclass(eq=False)
@@ -18,6 +20,11 @@ class _Gathering:
 
     payloads: dict[str, bytes] = field(default_factory=dict)
     result: list[bytes] | None = None
+    waiting: int = 0
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(map(len, self.payloads.values()))
 
 
 class Barriers:
@@ -48,8 +55,8 @@ class Barriers:
                 gathering.payloads[session.id] = payload
                 self._complete(gathering, session.world_size)
             self._gatherings.move_to_end(tag)
-            while len(self._gatherings) > _KEPT:
-                self._gatherings.popitem(last=False)
+            gathering.waiting += 1
+            self._forget()
 
             def missing() -> list[int]:
                 trainers = self._sessions.by_rank()
@@ -63,14 +70,33 @@ class Barriers:
                 self._sessions.check_group(session)
                 self._sessions.check_world(session)
 
-            self._monitor.wait_until(
-                lambda: gathering.result is not None,
-                patience,
-                lambda: f"ranks {missing()[:8]} of job {session.job!r} to come to barrier {tag!r}",
-                give_up,
-            )
+            try:
+                self._monitor.wait_until(
+                    lambda: gathering.result is not None,
+                    patience,
+                    lambda: f"ranks {missing()[:8]} of job {session.job!r} to come to barrier {tag!r}",
+                    give_up,
+                )
+            finally:
+                gathering.waiting -= 1
             assert gathering.result is not None
             return gathering.result
+
+    def leave(self, session: Session) -> None:
+        """Forgets what nobody but this session came to; expects the monitor to be held."""
+        for tag, gathering in list(self._gatherings.items()):
+            if gathering.result is None and gathering.payloads.keys() <= {session.id}:
+                del self._gatherings[tag]
+
+    def _forget(self) -> None:
+        """The oldest first, if there are too many. What somebody waits for stays."""
+        kept = {tag: gathering for tag, gathering in self._gatherings.items() if not gathering.waiting}
+        size = sum(gathering.num_bytes for gathering in kept.values())
+        for number, (tag, gathering) in enumerate(kept.items()):
+            if len(kept) - number <= _KEPT and size <= _KEPT_BYTES:
+                return
+            size -= gathering.num_bytes
+            del self._gatherings[tag]
 
     def _complete(self, gathering: _Gathering, world_size: int) -> None:
         trainers = self._sessions.trainers(world_size)

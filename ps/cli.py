@@ -13,7 +13,7 @@ os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 from protos.links import KINDS, parse_kinds
 from ps.arguments import ArgumentParser, size
-from ps.options import COMPRESSIBLE
+from ps.options import COMPRESSIBLE, MAX_INFLIGHT_BYTES, MAX_JOBS, MAX_SESSIONS
 from ps.tools import export, import_, reshard, verify
 
 _DESCRIPTION = "ZeRO-3 parameter offload: parameter servers keep the model, trainers compute with it."
@@ -55,8 +55,7 @@ def _parser() -> argparse.ArgumentParser:
         "serve",
         help="run a parameter server",
         description="Run a parameter server: one shard of the jobs that trainers open. It says on stdout, in "
-        "one line of JSON, when and where it listens; its log goes to stderr. One server takes up to about 170 "
-        "trainers, those of all jobs together: it has 512 threads, and a trainer occupies three.",
+        "one line of JSON, when and where it listens; its log goes to stderr.",
     )
     serve.add_argument(
         "--shard",
@@ -130,6 +129,29 @@ def _parser() -> argparse.ArgumentParser:
         help="name or address of this machine under which trainers reach it, where that is not the one that they "
         "connect to: gloo links listen there (default: the one that each trainer uses)",
     )
+    serve.add_argument(
+        "--max-sessions",
+        type=_positive,
+        default=MAX_SESSIONS,
+        metavar="N",
+        help="how many trainers and readers may be connected, of all jobs together; a restarted group needs no more "
+        "(default: %(default)s)",
+    )
+    serve.add_argument(
+        "--max-jobs",
+        type=_positive,
+        default=MAX_JOBS,
+        metavar="N",
+        help="how many jobs may be in memory (default: %(default)s)",
+    )
+    serve.add_argument(
+        "--max-inflight",
+        type=size,
+        default=MAX_INFLIGHT_BYTES,
+        metavar="SIZE",
+        help="how much one trainer may push at once: at least its largest parameter. Without --memory it is kept in "
+        "memory until it has arrived whole (default: 4GiB)",
+    )
     serve.add_argument("--eviction", choices=("plan", "lru"), default="plan", help=argparse.SUPPRESS)
     serve.add_argument("--stop-on-stdin-eof", action="store_true", help=argparse.SUPPRESS)
 
@@ -174,6 +196,9 @@ def _serve(options: argparse.Namespace) -> int:
         codecs=options.compress,
         links=options.links,
         advertise=options.advertise,
+        max_jobs=options.max_jobs,
+        max_sessions=options.max_sessions,
+        max_inflight_bytes=options.max_inflight,
     )
     try:
         serve(

@@ -31,6 +31,7 @@ class LocalCluster:
     compress: of commits, by kind of array, as in "weight=zstd,state=zstd"; None for nothing.
     eviction: what leaves memory first where it is limited, "plan" (the default) or, to compare, "lru".
     links: kinds of link that trainers may use; None for all.
+    flags: further ones of `zero-ps serve`.
 
     Raises RuntimeError, with what the server said, if one does not start.
     """
@@ -47,6 +48,7 @@ class LocalCluster:
         eviction: str | None = None,
         compress: str | None = None,
         links: Sequence[str] | None = None,
+        flags: Sequence[str] = (),
     ) -> None:
         if servers < 1:
             raise ValueError(f"a cluster has at least one server, not {servers}")
@@ -65,6 +67,7 @@ class LocalCluster:
             *_option("--eviction", eviction),
             *_option("--compress", compress),
             *_option("--links", None if links is None else ",".join(links)),
+            *flags,
         ]
         self._logs = tempfile.TemporaryDirectory(prefix="zero-ps-logs-")
         # Of each server all its folders, and the first of them.

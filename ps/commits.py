@@ -17,6 +17,8 @@ from ps.shard import Shard
 from ps.store import CommitKey, Written
 from ps.working_set import check_budget
 
+MAX_TAGS = 256
+
 _log = logging.getLogger(__name__)
 
 
@@ -183,6 +185,8 @@ def _write(
     )
     with job.disk(patience):
         committed = job.generations.committed()
+        if request.tag:
+            _check_tags(job, request.tag)
         snapshot = None
         with job.shard_lock:
             session.check()
@@ -209,6 +213,16 @@ def _write(
         if request.complete is not None:
             job.generations.prune(request.complete, now)
         return Written(now, job.generations.path(now), bytes_written)
+
+
+def _check_tags(job: Job, tag: str) -> None:
+    """Raises Conflict for one tag too many: each may keep a generation on disk."""
+    tags = job.generations.tags()
+    if tag not in tags and len(tags) >= MAX_TAGS:
+        raise Conflict(
+            f"job {job.name!r} has {len(tags)} tags, the most it may have; take some away with 'zero-ps untag', or "
+            "give one of them to this commit"
+        )
 
 
 def _flush(job: Job, shard: Shard, snapshot: Snapshot, tag: str) -> int:

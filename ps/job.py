@@ -4,7 +4,7 @@ import logging
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -33,12 +33,16 @@ _log = logging.getLogger(__name__)
 class Job:
     """One job. Its methods block; `Patience` says for how long."""
 
-    def __init__(self, name: str, options: ServerOptions, store: JobStore, tier: Tier) -> None:
+    def __init__(
+        self, name: str, options: ServerOptions, store: JobStore, tier: Tier, held_chunks: Callable[[], int]
+    ) -> None:
         self.name = name
         self.options = options
         self.generations = Generations(name, options, store)
         self.working = store.working
         self.tier = tier
+        # Of all jobs of the server.
+        self.held_chunks = held_chunks
         self.monitor = Monitor()
         # Held by who writes generations, or reads one.
         self._disk_lock = threading.Lock()
@@ -47,13 +51,11 @@ class Job:
         # Nobody waits for memory while holding the monitor; see `ps.tier.tier`.
         self.shard_lock = threading.RLock()
         self.shard: Shard | None = None
-        self.sessions = Sessions(name, options.lease_seconds, self.monitor, self._leave)
+        self.sessions = Sessions(name, options.lease_seconds, options.max_sessions, self.monitor, self._leave)
         self.barriers = Barriers(self.sessions, self.monitor)
         self.commits = RunningCommits(name, self.monitor)
         self.updater = Updater(name, self.shard_lock, self.monitor, self.commits)
         self.steps = Steps(name, self.sessions, self.monitor, self.updater)
-        # By session: the order in which its trainer says that it uses parameters.
-        self.plans: dict[str, Plan] = {}
         self._staging: dict[str, Staging] = {}
 
     # ------------------------------------------------------------ sessions
@@ -96,12 +98,12 @@ class Job:
     def _leave(self, session: Session) -> None:
         _log.info("job %r: session of %s ended: %s", self.name, session.who, session.ended)
         self.steps.leave(session)
+        self.barriers.leave(session)
         if (staging := self._staging.pop(session.id, None)) is not None:
             staging.close()
         for give_back in list(session.on_end):
             give_back()
         session.chosen.link.close()
-        self.plans.pop(session.id, None)
         if self.shard is not None:
             self.shard.schedule.forget(session.id)
 
@@ -245,7 +247,6 @@ class Job:
         plan.check(len(shard.manifest))
         with self.monitor:
             session.check()
-            self.plans[session.id] = plan
         if session.rank == 0 and not session.read_only:
             shard.schedule.follow(plan, shard.chunks_of())
             self.tier.rank_again()

@@ -10,15 +10,13 @@ from ps.errors import InvalidRequest, NotFound, ServerFull, StorageFailed
 from ps.job import Job
 from ps.monitor import Patience
 from ps.options import ServerOptions
+from ps.places import Places
 from ps.sessions import Session
 from ps.store import DataDir, StoreError
 from ps.tier import Tier
 
-MAX_JOBS = 256
-"""Jobs that a server keeps in memory, so that a client that makes up names cannot fill it."""
-
-MAX_SESSIONS = 4096
-"""Sessions that a server knows. Those that ended make room for new ones."""
+MAX_ENDED_SESSIONS = 4096
+"""Sessions that ended and are remembered, so that their trainers are told why."""
 
 _log = logging.getLogger(__name__)
 
@@ -34,6 +32,7 @@ class Jobs:
         self.options = options
         self.data_dir = data_dir
         self.tier = tier
+        self.places = Places(options.max_sessions)
         self._lock = threading.RLock()
         self._jobs: dict[str, Job] = {}
         # Names of jobs for which a session is just being opened, as often as there are such.
@@ -94,6 +93,10 @@ class Jobs:
             for name, store in stores
         ]
 
+    def held_chunks(self) -> int:
+        """Chunks in memory, of all jobs."""
+        return sum(len(shard) for job in self.loaded() if (shard := job.shard) is not None)
+
     def close(self) -> None:
         self._closing.set()
         self._reaper.join()
@@ -101,15 +104,16 @@ class Jobs:
             job.close()
 
     def _make_room(self) -> None:
-        """Forgets the oldest session that ended if there are too many; expects the lock to be held."""
-        if len(self._sessions) < MAX_SESSIONS:
-            return
-        ended = next((id for id, (_, session) in self._sessions.items() if session.ended is not None), None)
-        if ended is None:
+        """Forgets sessions that ended long ago; expects the lock to be held. Raises ServerFull."""
+        ended = [id for id, (_, session) in self._sessions.items() if session.ended is not None]
+        living = len(self._sessions) - len(ended) + self._arrivals.total()
+        if living >= self.options.max_sessions:
             raise ServerFull(
-                f"this server has {MAX_SESSIONS} sessions, the most it may have; close some, or use another server"
+                f"this server has {living} sessions, the most it may have; close some, use another server, or start "
+                "this one with a larger --max-sessions"
             )
-        del self._sessions[ended]
+        for id in ended[: max(0, len(ended) - MAX_ENDED_SESSIONS)]:
+            del self._sessions[id]
 
     def _job(self, name: str, must_exist: bool) -> Job:
         """The job, in memory; expects the lock to be held."""
@@ -126,14 +130,15 @@ class Jobs:
                 raise NotFound(f"there is no job {name!r} on this server, and a read-only session cannot create it")
         except StoreError as error:
             raise StorageFailed(str(error)) from error
-        if len(self._jobs) >= MAX_JOBS:
+        if len(self._jobs) >= self.options.max_jobs:
             self._drop_idle()
-        if len(self._jobs) >= MAX_JOBS:
+        if len(self._jobs) >= self.options.max_jobs:
             raise ServerFull(
-                f"this server has {MAX_JOBS} jobs in memory, the most it may have; use one of them ('zero-ps status' "
-                "lists them), start another server, or start this one again: what was committed is still there then"
+                f"this server has {len(self._jobs)} jobs in memory, the most it may have; use one of them ('zero-ps "
+                "status' lists them), start another server, or start this one again, with a larger --max-jobs if it "
+                "needs more: what was committed is still there then"
             )
-        job = self._jobs[name] = Job(name, self.options, store, self.tier)
+        job = self._jobs[name] = Job(name, self.options, store, self.tier, self.held_chunks)
         return job
 
     def _drop_idle(self) -> None:
@@ -153,4 +158,5 @@ class Jobs:
             for job in self.loaded():
                 job.expire(max(0.0, overslept))
             self._drop_idle()
+            self.places.expire()
             due = time.monotonic() + every

@@ -5,11 +5,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from protos.layout import ChunkGrid, place_all
 from protos.names import EMA
 from ps.averages import drop_averages
 from ps.chunk import Chunk
 from ps.contributions import Terms
-from ps.errors import Conflict, InvalidRequest, SessionEnded
+from ps.errors import Conflict, InvalidRequest, ServerFull, SessionEnded
 from ps.job import Job
 from ps.monitor import Patience
 from ps.optimizer import ChunkOptimizer
@@ -19,6 +20,9 @@ from ps.staging import Staging
 from ps.store import OptimizerSpec, StoredParameter
 from ps.tier import Part
 from ps.working_set import check_budget
+
+MAX_CHUNKS = 1 << 18
+"""Of all jobs on one server. The Python objects of so many take 1.8 GB."""
 
 _log = logging.getLogger(__name__)
 
@@ -84,6 +88,7 @@ def _create(job: Job, session: Session, manifest: Sequence[StoredParameter]) -> 
             f"job {job.name!r} has committed steps on shard {job.options.index} ({_list(steps)}) and none of "
             "them was restored; restore one, or move the job's folder away to begin anew"
         )
+    _check_chunks(job, manifest)
     shard = Shard(job.options.index, job.options.num_shards, manifest, 0, job.tier, job.new_areas("shard"))
     check_budget(shard, session.world_size, {})
     with job.monitor:
@@ -95,6 +100,20 @@ def _create(job: Job, session: Session, manifest: Sequence[StoredParameter]) -> 
         job.shard = shard
     _log.info("job %r: created, %d parameters, %d chunks here", job.name, len(manifest), len(shard))
     return shard
+
+
+def _check_chunks(job: Job, manifest: Sequence[StoredParameter]) -> None:
+    """Raises ServerFull for more chunks than this server may have: each takes memory besides its weight."""
+    room = MAX_CHUNKS - job.held_chunks()
+    if sum(ChunkGrid.of(p.shape).num_chunks for p in manifest) <= room:
+        return
+    placement = place_all((p.shape for p in manifest), job.options.num_shards)
+    here = sum(shards.count(job.options.index) for shards in placement)
+    if here > room:
+        raise ServerFull(
+            f"job {job.name!r} would have {here} chunks on this server, which has room for {max(0, room)} of "
+            f"{MAX_CHUNKS}; use more servers, or fewer and larger parameters"
+        )
 
 
 def _staged(staging: Staging, shard: Shard, staging_ids: Mapping[str, int]) -> Iterator[tuple[Part, Chunk]]:

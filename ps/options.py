@@ -4,6 +4,15 @@ from dataclasses import dataclass
 
 from protos.links import KINDS
 
+MAX_JOBS = 256
+"""Jobs that a server keeps in memory, so that a client that makes up names cannot fill it."""
+
+MAX_SESSIONS = 256
+"""Sessions that live at a time. Their calls and streams decide how many threads there may be; see `ps.places`."""
+
+MAX_INFLIGHT_BYTES = 4 << 30
+"""Of pushes of one session that have not arrived whole. A trainer pushes a parameter at a time."""
+
 COMPRESSIBLE = ("weight", "buffer", "state")
 """Kinds of arrays that commits may compress."""
 
@@ -19,6 +28,7 @@ class ServerOptions:
     links: the kinds of link that trainers may use.
     advertise: the address at which trainers reach this server for other links than gRPC; None for the one that
         each of them uses.
+    max_jobs, max_sessions: in memory at a time. max_inflight_bytes: of one session's pushes that are arriving.
     """
 
     index: int
@@ -29,3 +39,6 @@ class ServerOptions:
     codecs: tuple[tuple[str, str], ...] = ()
     links: tuple[str, ...] = KINDS
     advertise: str | None = None
+    max_jobs: int = MAX_JOBS
+    max_sessions: int = MAX_SESSIONS
+    max_inflight_bytes: int = MAX_INFLIGHT_BYTES

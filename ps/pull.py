@@ -13,6 +13,7 @@ from ps.job import Job
 from ps.jobs import Jobs
 from ps.links import Block
 from ps.monitor import Patience
+from ps.places import Place
 from ps.runs import Runs, decode_runs
 from ps.sessions import Session
 from ps.shard import Shard
@@ -24,7 +25,7 @@ from ps.wire import check_convertible, decode_chunks, decode_dtype
 
 
 def answer_pulls(
-    jobs: Jobs, traffic: Traffic, requests: Iterable[pb.PullRequest], cancelled: Callable[[], bool]
+    jobs: Jobs, traffic: Traffic, requests: Iterable[pb.PullRequest], place: Place, cancelled: Callable[[], bool]
 ) -> Iterator[bytes | pb.PullResponse]:
     """Answers in order, with messages or the bytes of them. An error ends its own answer, not the stream.
 
@@ -34,6 +35,7 @@ def answer_pulls(
         with traffic.busy():
             try:
                 job, session = jobs.find(request.session_id)
+                place.belongs_to(session)
                 patience = Patience.of(request.timeout_seconds, cancelled)
                 dtype = decode_dtype(request.dtype)
                 blocks: Iterator[Block | None]

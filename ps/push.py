@@ -18,6 +18,7 @@ from ps.errors import Conflict, InvalidRequest
 from ps.job import Job
 from ps.jobs import Jobs
 from ps.monitor import Patience
+from ps.places import Place
 from ps.runs import Runs, decode_runs
 from ps.sessions import Session
 from ps.state_access import array_of, check_travels, dtype_of, elements_of, write_state
@@ -74,7 +75,10 @@ class _Arrival:
     A trainer may fall silent in the middle; when its session ends the memory is given back.
     """
 
-    def __init__(self, request_id: int, session: Session, tier: Tier, pieces: Iterable[_Piece]) -> None:
+    def __init__(
+        self, request_id: int, session: Session, tier: Tier, pieces: Iterable[_Piece], max_inflight_bytes: int
+    ) -> None:
+        """Raises ServerFull for more bytes than the session may have on their way."""
         self.request_id = request_id
         self.session = session
         self._tier = tier
@@ -85,6 +89,9 @@ class _Arrival:
         self._lock = threading.Lock()
         self._abandoned = False
         self.expected_bytes = self.missing_bytes = sum(piece.num_bytes for piece in self._pieces)
+        # Where memory is limited its pieces wait for their turn, and that is what limits them.
+        self._inflight_bytes = 0 if tier.limited else self.expected_bytes
+        session.expect(self._inflight_bytes, max_inflight_bytes)
         if tier.limited:
             session.on_end.add(self.abandon)
 
@@ -117,7 +124,7 @@ class _Arrival:
         while self._pieces:
             self._begin()
             self._finish()
-        self.session.on_end.discard(self.abandon)
+        self._leave()
 
     def abandon(self) -> None:
         """Gives back memory of a push that does not go on. Does not wait: a `feed` that is running does it."""
@@ -130,7 +137,12 @@ class _Arrival:
                 self._buffers = ()
             finally:
                 self._lock.release()
-            self.session.on_end.discard(self.abandon)
+            self._leave()
+
+    def _leave(self) -> None:
+        self.session.on_end.discard(self.abandon)
+        self.session.expect(-self._inflight_bytes)
+        self._inflight_bytes = 0
 
     def _begin(self) -> None:
         self._buffers = self._pieces[0].begin()
@@ -142,7 +154,11 @@ class _Arrival:
 
 
 def answer_pushes(
-    jobs: Jobs, traffic: Traffic, requests: Iterable[Data | pb.PushRequest], cancelled: Callable[[], bool]
+    jobs: Jobs,
+    traffic: Traffic,
+    requests: Iterable[Data | pb.PushRequest],
+    place: Place,
+    cancelled: Callable[[], bool],
 ) -> Iterator[pb.PushResponse]:
     """Acknowledges every header once its data has been counted.
 
@@ -172,7 +188,7 @@ def answer_pushes(
                 if isinstance(request, pb.PushRequest):
                     busy.enter_context(traffic.busy())
                     passing_over = False
-                    incoming = _begin(jobs, pool, request.header, cancelled)
+                    incoming = _begin(jobs, pool, request.header, place, cancelled)
                     # However the stream ends: what has arrived of a push that does not is of no use.
                     left.callback(incoming.abandon)
                     _receive(incoming, request.header, traffic)
@@ -203,8 +219,11 @@ def _receive(incoming: _Arrival, header: pb.PushHeader, traffic: Traffic) -> Non
         incoming.feed(data)
 
 
-def _begin(jobs: Jobs, pool: BufferPool, header: pb.PushHeader, cancelled: Callable[[], bool]) -> _Arrival:
+def _begin(
+    jobs: Jobs, pool: BufferPool, header: pb.PushHeader, place: Place, cancelled: Callable[[], bool]
+) -> _Arrival:
     job, session = jobs.find(header.session_id)
+    place.belongs_to(session)
     match header.kind:
         case pb.PushHeader.KIND_GRADIENT:
             pieces = _gradient(job, session, pool, header, cancelled)
@@ -216,7 +235,7 @@ def _begin(jobs: Jobs, pool: BufferPool, header: pb.PushHeader, cancelled: Calla
             pieces = _staged(job, session, header, cancelled)
         case _:
             raise InvalidRequest(f"there is no kind {header.kind} of push")
-    return _Arrival(header.request_id, session, job.tier, pieces)
+    return _Arrival(header.request_id, session, job.tier, pieces, job.options.max_inflight_bytes)
 
 
 def _gradient(

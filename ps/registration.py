@@ -5,8 +5,15 @@ from typing import Any
 import grpc
 from google.protobuf.message_factory import GetMessageClass
 
-from protos import frames, zero_ps_pb2
+from protos import MAX_MESSAGE_BYTES, frames, zero_ps_pb2
 from ps.service import ParameterServer
+from ps.unreadable import reader
+
+_MAX_BYTES = 24 << 20
+"""Of every request but a manifest. The largest are an optimizer's groups, and what ranks exchange at a barrier.
+
+A message may take many times its own size once it is read, so that small ones are not to be large.
+"""
 
 _SERVICE = zero_ps_pb2.DESCRIPTOR.services_by_name["ParameterServer"]
 
@@ -17,11 +24,14 @@ def add_service(service: ParameterServer, server: grpc.Server) -> None:
     for method in _SERVICE.methods:
         behaviour, request = getattr(service, method.name), GetMessageClass(method.input_type)
         if method.client_streaming:
-            decode = frames.decode_push if method.name == "Push" else request.FromString
+            decode = reader(
+                method.name, frames.decode_push if method.name == "Push" else request.FromString, _MAX_BYTES
+            )
             handlers[method.name] = grpc.stream_stream_rpc_method_handler(behaviour, decode, frames.encode)
         else:
             response = GetMessageClass(method.output_type)
+            most = MAX_MESSAGE_BYTES if method.name == "OpenJob" else _MAX_BYTES
             handlers[method.name] = grpc.unary_unary_rpc_method_handler(
-                behaviour, request.FromString, response.SerializeToString
+                behaviour, reader(method.name, request.FromString, most), response.SerializeToString
             )
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(_SERVICE.full_name, handlers),))

@@ -9,6 +9,9 @@ from protos import zero_ps_pb2 as pb
 from ps.chunk import Chunk
 from ps.errors import InvalidRequest
 
+MAX_RUNS = 1 << 20
+"""Of one request."""
+
 
 @dataclass(frozen=True)
 class Runs:
@@ -42,6 +45,8 @@ def decode_runs(parts: Sequence[pb.Runs], chunks: Sequence[Chunk]) -> list[Runs 
         return [None] * len(chunks)
     if len(parts) != len(chunks):
         raise InvalidRequest(f"{len(chunks)} chunks came with parts of {len(parts)}")
+    if (runs := sum(len(each.starts) for each in parts)) > MAX_RUNS:
+        raise InvalidRequest(f"a request may name {MAX_RUNS} runs of elements, not {runs}; ask for whole chunks")
     return [_decode(runs, chunk) for runs, chunk in zip(parts, chunks, strict=True)]
 
 

@@ -30,12 +30,8 @@ from ps.service import ParameterServer
 from ps.store import DataDir
 from ps.tier import Tier, policy_named
 
-_MAX_THREADS = 512
-"""A stream or a wait occupies a thread. They are started on demand.
-
-A trainer has two streams with each server and at most one other call at a time besides heartbeats, some of
-which wait for the other trainers: at three threads each, 512 are enough for some 170 trainers.
-"""
+_CONNECTION_STREAMS = 64
+"""Calls and streams of one connection; a trainer has its own, with less than ten. More of them wait in the client."""
 
 _RETURNED_BYTES = 256 << 10
 _HEAPS = 4
@@ -74,13 +70,18 @@ class Server:
         self._links = Links(options.server.links, options.server.advertise)
         self._service = ParameterServer(self._jobs, self._links)
         self._grpc = grpc.server(
-            ThreadPoolExecutor(_MAX_THREADS, thread_name_prefix="grpc"),
-            maximum_concurrent_rpcs=_MAX_THREADS,
+            # A stream or a wait occupies a thread. They are started on demand.
+            ThreadPoolExecutor(self._jobs.places.threads, thread_name_prefix="grpc"),
+            maximum_concurrent_rpcs=self._jobs.places.threads,
             options=[
                 # Without this a second server on the same port would silently share it.
                 ("grpc.so_reuseport", 0),
                 ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
                 ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+                ("grpc.max_concurrent_streams", _CONNECTION_STREAMS),
+                # A client whose machine is gone says nothing, and has streams.
+                ("grpc.keepalive_time_ms", 30_000),
+                ("grpc.keepalive_timeout_ms", 20_000),
                 ("grpc.http2.min_ping_interval_without_data_ms", 5000),
                 ("grpc.keepalive_permit_without_calls", 1),
             ],

@@ -2,12 +2,13 @@
 
 import functools
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib import metadata
 from typing import Any, TypeVar
 
 import grpc
 
-from protos import PROTOCOL_VERSION
+from protos import PROTOCOL_VERSION, SESSION_METADATA
 from protos import zero_ps_pb2 as pb
 from protos.frames import Data
 from ps.commits import CommitRequest, announce, commit, restore
@@ -17,6 +18,7 @@ from ps.jobs import Jobs
 from ps.links import Links
 from ps.monitor import Patience
 from ps.opening import open_job, set_optimizer
+from ps.places import Place, Places
 from ps.process import memory_bytes
 from ps.pull import answer_pulls
 from ps.push import answer_pushes, check_rank_0
@@ -24,6 +26,7 @@ from ps.sessions import Session
 from ps.state_access import clear_state, list_state
 from ps.statuses import as_server_error, status_code, status_message
 from ps.traffic import Traffic
+from ps.unreadable import Unreadable, readable
 from ps.wire import (
     decode_edits,
     decode_id,
@@ -49,14 +52,27 @@ def package_version() -> str:
         return "unknown"
 
 
-def _call(method: Unary[Request, Response]) -> Unary[Request, Response]:
-    """Answers a ServerError, and anything unforeseen, as a status."""
+def _at_once(method: Unary[Request, Response]) -> Unary[Request, Response]:
+    """Answers a ServerError, and anything unforeseen, as a status. For calls that wait for nothing."""
+    return _answered(method, lambda places, session_id: nullcontext())
 
+
+def _call(method: Unary[Request, Response]) -> Unary[Request, Response]:
+    """As `_at_once`, for calls that may wait, of which a session may have so many at a time."""
+    return _answered(method, Places.call)
+
+
+def _answered(
+    method: Unary[Request, Response], place: Callable[[Places, str], AbstractContextManager[None]]
+) -> Unary[Request, Response]:
     @functools.wraps(method)
     def wrapper(self: "ParameterServer", request: Request, context: grpc.ServicerContext) -> Response:
         with self.traffic.busy():
             try:
-                return method(self, request, context)
+                if isinstance(request, Unreadable):
+                    raise request.error
+                with place(self._jobs.places, getattr(request, "session_id", "")):
+                    return method(self, request, context)
             except Exception as error:
                 failed = as_server_error(error)
         _abort(context, failed)
@@ -81,7 +97,7 @@ class ParameterServer:
         self._links = links
         self.traffic = Traffic()
 
-    @_call
+    @_at_once
     def Status(self, request: pb.StatusRequest, context: grpc.ServicerContext) -> pb.StatusResponse:
         rss, peak = memory_bytes()
         return pb.StatusResponse(
@@ -155,12 +171,12 @@ class ParameterServer:
             not_chosen=chosen.not_chosen,
         )
 
-    @_call
+    @_at_once
     def Heartbeat(self, request: pb.HeartbeatRequest, context: grpc.ServicerContext) -> pb.HeartbeatResponse:
         self._jobs.find(request.session_id)
         return pb.HeartbeatResponse()
 
-    @_call
+    @_at_once
     def CloseSession(self, request: pb.CloseSessionRequest, context: grpc.ServicerContext) -> pb.CloseSessionResponse:
         job, session = self._jobs.find(request.session_id)
         job.close_session(session)
@@ -196,17 +212,35 @@ class ParameterServer:
     # ------------------------------------------------------------ bytes
 
     def Pull(
-        self, request_iterator: Iterable[pb.PullRequest], context: grpc.ServicerContext
+        self, request_iterator: Iterable[pb.PullRequest | Unreadable], context: grpc.ServicerContext
     ) -> Iterator[bytes | pb.PullResponse]:
-        return answer_pulls(self._jobs, self.traffic, request_iterator, lambda: not context.is_active())
+        with self._stream(context) as place:
+            requests = readable(request_iterator)
+            yield from answer_pulls(self._jobs, self.traffic, requests, place, lambda: not context.is_active())
 
     def Push(
-        self, request_iterator: Iterable[Data | pb.PushRequest], context: grpc.ServicerContext
+        self, request_iterator: Iterable[Data | pb.PushRequest | Unreadable], context: grpc.ServicerContext
     ) -> Iterator[pb.PushResponse]:
+        with self._stream(context) as place:
+            requests: Iterator[Data | pb.PushRequest] = readable(request_iterator)
+            yield from answer_pushes(self._jobs, self.traffic, requests, place, lambda: not context.is_active())
+
+    @contextmanager
+    def _stream(self, context: grpc.ServicerContext) -> Iterator[Place]:
+        """A stream's place among the server's threads; what ends it as a whole ends it with a status."""
         try:
-            yield from answer_pushes(self._jobs, self.traffic, request_iterator, lambda: not context.is_active())
-        except ServerError as error:
-            _abort(context, error)
+            metadata = {key: value for key, value in context.invocation_metadata() if key == SESSION_METADATA}
+            session = self._jobs.find(str(metadata[SESSION_METADATA]))[1] if metadata else None
+            with self._jobs.places.stream(context.cancel, session) as place:
+                yield place
+        except grpc.RpcError:
+            # The client is gone.
+            raise
+        except Exception as error:
+            failed = as_server_error(error)
+        else:
+            return
+        _abort(context, failed)
 
     # ------------------------------------------------------------ steps and commits
 

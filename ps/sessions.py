@@ -1,16 +1,16 @@
 """Sessions: one trainer process's lease on a job, and who of the trainers is lost."""
 
+import threading
 import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from ps.errors import Conflict, InvalidRequest, RankLost, SessionEnded
+from protos.sizes import format_bytes
+from ps.errors import Conflict, InvalidRequest, RankLost, ServerFull, SessionEnded
 from ps.links import Chosen, GrpcLink
 from ps.monitor import Monitor, Patience
 
-MAX_WORLD_SIZE = 1 << 16
-_MAX_READERS = 1024
 _MAX_ID_CHARS = 200
 
 
@@ -34,7 +34,11 @@ class Session:
     chosen: Chosen = field(default_factory=lambda: Chosen(GrpcLink()))
     """The link that carries its bytes."""
     on_end: set[Callable[[], None]] = field(default_factory=set)
-    """What gives back memory that the trainer was about to fill. Called with the job's monitor held."""
+    """What gives back memory that the trainer was about to fill, and ends its streams. Called with the job's monitor
+    held."""
+    inflight_bytes: int = 0
+    """Of pushes that are arriving."""
+    _inflight_lock: threading.Lock = field(default_factory=threading.Lock)
 
     def check(self) -> None:
         """Raises SessionEnded unless the session is alive."""
@@ -46,6 +50,17 @@ class Session:
         self.check()
         self.last_seen = time.monotonic()
         self.deaf_seconds = 0.0
+
+    def expect(self, num_bytes: int, limit: int | None = None) -> None:
+        """So many bytes more, or fewer, are arriving. Raises ServerFull for more than `limit` of them together."""
+        with self._inflight_lock:
+            if limit is not None and self.inflight_bytes + num_bytes > limit:
+                raise ServerFull(
+                    f"{format_bytes(num_bytes)} were to be pushed at once, with {format_bytes(self.inflight_bytes)} of "
+                    f"this session arriving already, and it may have {format_bytes(limit)} on their way: start the "
+                    "server with a larger --max-inflight"
+                )
+            self.inflight_bytes += num_bytes
 
     @property
     def seconds_silent(self) -> float:
@@ -59,12 +74,23 @@ class Session:
 class Sessions:
     """The sessions of one job. Every method expects the job's monitor to be held.
 
+    max_sessions: that the server may have, of all jobs.
     on_end: called once with each session that ends, for whatever reason.
     """
 
-    def __init__(self, job: str, lease_seconds: float, monitor: Monitor, on_end: Callable[[Session], None]):
+    def __init__(
+        self,
+        job: str,
+        lease_seconds: float,
+        max_sessions: int,
+        monitor: Monitor,
+        on_end: Callable[[Session], None],
+    ) -> None:
         self._job = job
         self._lease_seconds = lease_seconds
+        self._max_sessions = max_sessions
+        # Trainers have to find a place, too.
+        self._max_readers = max(1, max_sessions // 2)
         self._monitor = monitor
         self._on_end = on_end
         self._ranks: dict[int, Session] = {}
@@ -82,15 +108,21 @@ class Sessions:
         if not incarnation or len(incarnation) > _MAX_ID_CHARS:
             raise InvalidRequest(f"incarnation has to have 1 to {_MAX_ID_CHARS} characters")
         if not read_only:
-            if not 1 <= world_size <= MAX_WORLD_SIZE:
-                raise InvalidRequest(f"world size has to be 1 to {MAX_WORLD_SIZE}, not {world_size}")
+            if not 1 <= world_size <= self._max_sessions:
+                raise InvalidRequest(
+                    f"world size has to be 1 to {self._max_sessions}, not {world_size}: that is how many sessions this "
+                    "server may have (--max-sessions)"
+                )
             if rank >= world_size:
                 raise InvalidRequest(f"rank {rank} does not exist in a world of size {world_size}")
             self._wait_for_world(rank, world_size, patience)
         session = Session(self._job, rank, world_size, incarnation, read_only, self._lease_seconds)
         if read_only:
-            if len(self._readers) >= _MAX_READERS:
-                raise Conflict(f"job {self._job!r} has {_MAX_READERS} read-only sessions, the most it may have")
+            if len(self._readers) >= self._max_readers:
+                raise ServerFull(
+                    f"job {self._job!r} has {self._max_readers} read-only sessions, the most it may have: half of "
+                    "--max-sessions"
+                )
             self._readers[session.id] = session
             return session
         if rank in self._ranks:

@@ -5,9 +5,11 @@ from collections.abc import Callable, Sequence
 import torch
 
 from ps.chunk import Chunk, byte_view
-from ps.errors import InvalidRequest
+from ps.errors import InvalidRequest, ServerFull
 from ps.home import staged_part
 from ps.tier import Area, Incoming, Part, Tier
+
+MAX_STAGED = 1 << 18
 
 
 class Staging:
@@ -23,7 +25,9 @@ class Staging:
         self._staged: dict[tuple[int, int], Part] = {}
 
     def put(self, staging_id: int, chunk: int, values: Incoming) -> None:
-        """Raises OutOfBudget for more small chunks than memory is for."""
+        """Raises OutOfBudget for more small chunks than memory is for, ServerFull for more than any model has."""
+        if len(self._staged) >= MAX_STAGED and (staging_id, chunk) not in self._staged:
+            raise ServerFull(f"{MAX_STAGED} chunks are staged, the most that a server may have of a job")
         part = staged_part(self._next_area(values.tensor.numel()), staging_id, chunk, values.tensor)
         if self._tier.limited and not part.spillable:
             self._tier.reserve(self, self._small_bytes + part.nbytes, "staging small chunks")

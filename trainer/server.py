@@ -7,7 +7,7 @@ from typing import Any
 
 import grpc
 
-from protos import MAX_MESSAGE_BYTES, PROTOCOL_VERSION
+from protos import MAX_MESSAGE_BYTES, PROTOCOL_VERSION, SESSION_METADATA
 from protos import zero_ps_pb2 as pb
 from protos import zero_ps_pb2_grpc as pb_grpc
 from trainer.errors import ConfigError, ConnectError
@@ -66,7 +66,8 @@ class Server:
         self, method: str, requests: Iterator[Any], encode: Callable[[Any], bytes], decode: Callable[[bytes], Any]
     ) -> Any:
         """A bidirectional stream; its responses are an iterator that can be cancelled."""
-        return self._channel.stream_stream(f"/{_SERVICE}/{method}", encode, decode)(requests)
+        metadata = ((SESSION_METADATA, self.session_id),)
+        return self._channel.stream_stream(f"/{_SERVICE}/{method}", encode, decode)(requests, metadata=metadata)
 
     def start(self, method: str, request: object, timeout: float) -> "grpc.Future[Any]":
         """Sends a unary call and returns its future."""

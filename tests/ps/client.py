@@ -10,7 +10,7 @@ from typing import ClassVar
 import grpc
 import torch
 
-from protos import MAX_MESSAGE_BYTES, MESSAGE_BYTES, PROTOCOL_VERSION, dtypes, zero_ps_pb2_grpc
+from protos import MAX_MESSAGE_BYTES, MESSAGE_BYTES, PROTOCOL_VERSION, SESSION_METADATA, dtypes, zero_ps_pb2_grpc
 from protos import zero_ps_pb2 as pb
 from protos.layout import ChunkGrid
 from protos.values import encode_options
@@ -29,9 +29,9 @@ class StreamError(Exception):
 class Stream:
     """A bidirectional stream: requests are put, responses are taken."""
 
-    def __init__(self, method) -> None:
+    def __init__(self, method, session_id: str) -> None:
         self.requests: queue.SimpleQueue = queue.SimpleQueue()
-        self.call = method(iter(self.requests.get, None))
+        self.call = method(iter(self.requests.get, None), metadata=((SESSION_METADATA, session_id),))
 
     def close(self) -> None:
         self.requests.put(None)
@@ -87,8 +87,8 @@ class Client:
             timeout=TIMEOUT + timeout,
         )
         self.session_id = self.opened.session_id
-        self.pulls = Stream(self.stub.Pull)
-        self.pushes = Stream(self.stub.Push)
+        self.pulls = Stream(self.stub.Pull, self.session_id)
+        self.pushes = Stream(self.stub.Push, self.session_id)
         self.manifest: pb.Manifest | None = None
         self.connected.append(self)
         if heartbeat:

@@ -13,7 +13,7 @@ import torch
 from protos import PROTOCOL_VERSION
 from protos import zero_ps_pb2 as pb
 from ps import LocalCluster
-from ps.jobs import MAX_JOBS, MAX_SESSIONS
+from ps.options import MAX_JOBS
 from tests.ps.client import Client, error_of, start_job
 
 LEASE = 2.0
@@ -286,19 +286,6 @@ def _job_names(client: Client) -> set[str]:
     return {job.name for job in client.stub.Status(pb.StatusRequest(), timeout=20).jobs}
 
 
-def test_a_server_full_of_living_sessions_refuses_another_and_goes_on() -> None:
-    with LocalCluster(1, lease=300) as cluster:
-        client = Client(cluster.addresses[0], job="other")
-        opened = [_open(client, "job", rank, 5000) for rank in range(MAX_SESSIONS - 1)]
-        code, message = error_of(lambda: _open(client, "job", 4999, 5000))
-        assert code == grpc.StatusCode.RESOURCE_EXHAUSTED
-        assert f"has {MAX_SESSIONS} sessions" in message
-        client.call("Heartbeat")
-        request = pb.CloseSessionRequest(session_id=opened[7].session_id)
-        client.stub.CloseSession(request, timeout=20)
-        _open(client, "job", 4999, 5000)
-
-
 def test_names_that_came_to_nothing_do_not_fill_the_server(address: str, job_name: str) -> None:
     (client,) = start_job(address, W, job=job_name)
     for number in range(MAX_JOBS + 10):
@@ -332,16 +319,6 @@ def test_the_memory_of_a_job_that_never_got_its_weights_is_given_back() -> None:
             time.sleep(0.1)
         other.open_job(parameters)
 
-
-def test_a_server_full_of_jobs_says_what_to_do() -> None:
-    with LocalCluster(1, lease=300) as cluster:
-        client = Client(cluster.addresses[0], job="other")
-        for number in range(MAX_JOBS - 1):
-            _open(client, f"job{number}")
-        code, message = error_of(lambda: _open(client, "another"))
-        assert code == grpc.StatusCode.RESOURCE_EXHAUSTED
-        assert f"{MAX_JOBS} jobs in memory, the most it may have; use one of them" in message
-        _open(client, "job7")
 
 
 # ---------------------------------------------------------------- barrier
