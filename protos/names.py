@@ -5,6 +5,8 @@ import re
 EMA = "ema"
 """The array that the moving average of weights is pulled and stored as, among those of optimizer state."""
 
+ZARR_FILE = "zarr.json"
+
 _WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 _ID = re.compile(r"[0-9a-f]{1,64}")
 _PARAMETER = re.compile(r"[A-Za-z0-9_][^/\\\x00-\x1f\x7f]{0,199}")
@@ -18,8 +20,10 @@ def check_job_name(name: str) -> None:
 def check_parameter_name(name: str) -> None:
     """Raises ValueError unless `name` can be a folder: no slash, no control character, no leading '.'.
 
-    zarr reserves names that begin with two underscores.
+    zarr reserves names that begin with two underscores, and the name of its own files.
     """
+    if name == ZARR_FILE:
+        raise ValueError(f"{name!r} cannot be stored: zarr keeps its metadata in files of that name")
     if not _PARAMETER.fullmatch(name) or name.startswith("__") or len(name.encode()) > 250:
         raise ValueError(
             f"parameter name {name!r} cannot be stored: it has to begin with a letter, a digit or one "

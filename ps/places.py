@@ -15,6 +15,13 @@ PER_SESSION = 8
 MAX_ENDED = 64
 """Streams whose session has ended are told so for a while. Of more than these the oldest are ended at once."""
 
+_NEW_SESSIONS = "new sessions"
+_MUTE = "mute"
+"""Stand for the id of a session where there is none yet: calls that open one, and streams that have not said whose
+they are. The latter cannot take the former's places."""
+
+MAX_MUTE = 64
+
 _SPARE = 64
 """Threads for calls that do not wait: heartbeats, status, health."""
 
@@ -48,8 +55,8 @@ class Places:
     """
 
     def __init__(self, sessions: int) -> None:
-        self._max_strangers = sessions + _SPARE
-        self.threads = sessions * PER_SESSION + self._max_strangers + MAX_ENDED + _SPARE
+        self._limits = {_NEW_SESSIONS: sessions + _SPARE, _MUTE: MAX_MUTE}
+        self.threads = sessions * PER_SESSION + sum(self._limits.values()) + MAX_ENDED + _SPARE
         self._lock = threading.Lock()
         self._taken: Counter[str] = Counter()
         self._streams: set[Place] = set()
@@ -58,20 +65,21 @@ class Places:
     @contextmanager
     def call(self, session_id: str = "") -> Iterator[None]:
         """The time of a call that may wait; of a session, or without one. Raises ServerFull."""
+        key = session_id or _NEW_SESSIONS
         with self._lock:
-            self._take(session_id)
+            self._take(key)
         try:
             yield
         finally:
             with self._lock:
-                self._give_back(session_id)
+                self._give_back(key)
 
     @contextmanager
     def stream(self, cancel: Callable[[], None], session: Session | None = None) -> Iterator[Place]:
         """The time of a stream, which may say later whose it is. Raises ServerFull."""
         place = Place(self, cancel)
         with self._lock:
-            self._take("")
+            self._take(_MUTE)
             self._streams.add(place)
         try:
             if session is not None:
@@ -82,14 +90,14 @@ class Places:
                 place.session.on_end.discard(place.end)
             with self._lock:
                 self._streams.discard(place)
-                self._give_back("" if place.session is None else place.session.id)
+                self._give_back(_MUTE if place.session is None else place.session.id)
                 if place in self._ended:
                     self._ended.remove(place)
 
     def give(self, place: Place, session: Session) -> None:
         with self._lock:
             self._take(session.id)
-            self._give_back("")
+            self._give_back(_MUTE)
             place.session, place.since = session, time.monotonic()
         session.on_end.add(place.end)
         if session.ended is not None:
@@ -116,14 +124,14 @@ class Places:
         for place in mute:
             place.cancel()
 
-    def _take(self, session_id: str) -> None:
-        taken, limit = self._taken[session_id], PER_SESSION if session_id else self._max_strangers
-        if taken >= limit:
-            whose = "this session has" if session_id else "this server has, of clients that have no session,"
+    def _take(self, key: str) -> None:
+        taken = self._taken[key]
+        if taken >= self._limits.get(key, PER_SESSION):
+            whose = "this server has, of clients without a session," if key in self._limits else "this session has"
             raise ServerFull(f"{whose} {taken} calls and streams open, the most there may be; wait until one has ended")
-        self._taken[session_id] += 1
+        self._taken[key] += 1
 
-    def _give_back(self, session_id: str) -> None:
-        self._taken[session_id] -= 1
-        if not self._taken[session_id]:
-            del self._taken[session_id]
+    def _give_back(self, key: str) -> None:
+        self._taken[key] -= 1
+        if not self._taken[key]:
+            del self._taken[key]

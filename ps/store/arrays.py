@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import torch
 
 from protos.layout import ChunkGrid
-from protos.names import check_parameter_name
+from protos.names import ZARR_FILE, check_parameter_name
 from ps.store.codecs import Encoding
 from ps.store.contents import StateArray, StoredParameter
 
-METADATA_FILE = "zarr.json"
+METADATA_FILE = ZARR_FILE
 
 DIMENSIONS = "dimension_names"
 """The field of an array's metadata that earlier versions left out."""
@@ -118,8 +118,6 @@ def check_names(manifest: Sequence[StoredParameter], state_names: Sequence[str])
     names = [parameter.name for parameter in manifest]
     for name in (*names, *state_names):
         check_parameter_name(name)
-        if name == METADATA_FILE:
-            raise ValueError(f"{name!r} cannot be stored: zarr keeps its metadata in files of that name")
     if len(set(names)) != len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"parameter {twice!r} is in the manifest twice")

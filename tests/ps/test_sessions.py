@@ -320,7 +320,6 @@ def test_the_memory_of_a_job_that_never_got_its_weights_is_given_back() -> None:
         other.open_job(parameters)
 
 
-
 # ---------------------------------------------------------------- barrier
 
 
