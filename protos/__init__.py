@@ -28,3 +28,6 @@ MAX_MANIFEST_PARAMETERS = 1 << 20
 
 MAX_METADATA_BYTES = 1 << 20
 """The most bytes of JSON that a commit may carry."""
+
+MAX_STALENESS = 64
+"""The most steps that trainers may be ahead of updates: servers keep as many more sums of gradients."""

@@ -153,6 +153,7 @@ def _parser() -> argparse.ArgumentParser:
         "memory until it has arrived whole (default: 4GiB)",
     )
     serve.add_argument("--eviction", choices=("plan", "lru"), default="plan", help=argparse.SUPPRESS)
+    serve.add_argument("--late-updates", action="store_true", help=argparse.SUPPRESS)
     serve.add_argument("--stop-on-stdin-eof", action="store_true", help=argparse.SUPPRESS)
 
     status = commands.add_parser(
@@ -199,6 +200,7 @@ def _serve(options: argparse.Namespace) -> int:
         max_jobs=options.max_jobs,
         max_sessions=options.max_sessions,
         max_inflight_bytes=options.max_inflight,
+        late_updates=options.late_updates,
     )
     try:
         serve(

@@ -177,6 +177,7 @@ def _write(
     job: Job, session: Session, shard: Shard, request: CommitRequest, running: RunningCommit, patience: Patience
 ) -> Written:
     key = request.key
+    job.updater.need(shard, key.step)
     job.monitor.wait_until(
         lambda: shard.updated_step >= key.step,
         patience,

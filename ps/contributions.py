@@ -6,7 +6,7 @@ So the result does not depend on whose gradient arrived first.
 
 import threading
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 import torch
@@ -36,10 +36,21 @@ class Terms:
     """What all trainers have to say alike when they state the optimizer.
 
     reduction: how their gradients become one. ema_decay: of the average of weights, or None for none.
+    max_staleness: how many steps a chunk may be behind the gradients that come for it.
     """
 
     reduction: Literal["mean", "sum"] = "mean"
     ema_decay: float | None = None
+    max_staleness: int = 0
+
+    def difference(self, other: "Terms") -> tuple[str, object, object]:
+        """The first term that is another: what trainers call it, and both values."""
+        names = {"reduction": "gradient_reduction"}
+        for field in fields(self):
+            mine, theirs = getattr(self, field.name), getattr(other, field.name)
+            if mine != theirs:
+                return names.get(field.name, field.name), mine, theirs
+        raise ValueError("these terms are the same")
 
 
 @dataclass(eq=False)
@@ -53,6 +64,9 @@ class _Accumulator:
     zeros: there is a gradient, and it is 0 everywhere; `part` has nothing.
     zero_after_update: `zero_grad` came while the update that reads this was still to run.
     keep_zeros: what it asked for then; see `zeros`.
+    begun: the step of the first gradient that is in it. Updates of earlier steps do not use it.
+    until: if it is set aside, the last step whose update uses it.
+    slot: tells it from others of the chunk.
     """
 
     part: Part | None = None
@@ -62,6 +76,14 @@ class _Accumulator:
     zeros: bool = False
     zero_after_update: bool = False
     keep_zeros: bool = False
+    begun: int = 0
+    until: int = -1
+    slot: int = 0
+
+    @property
+    def occupied(self) -> bool:
+        """Whether there is a gradient, be it 0."""
+        return self.zeros or (self.part is not None and self.part.filled)
 
 
 class Contributions:
@@ -86,14 +108,21 @@ class Contributions:
         self.epoch = 0
         self.stepped = -1
         self._accumulators: dict[Chunk, _Accumulator] = {}
+        # With `max_staleness`: those that updates to come still use while gradients of later steps go to another
+        # one, oldest first; and those that are free.
+        self._aside: dict[Chunk, tuple[_Accumulator, ...]] = {}
+        self._spare: dict[Chunk, list[_Accumulator]] = {}
         # Between `zero` and the updater, so that `zero` need not wait for the updates that are running.
         self._zero_lock = threading.Lock()
         self._holders = 1
 
     @property
     def resident_bytes(self) -> int:
-        accumulators = list(self._accumulators.values())
-        return sum(a.part.resident_bytes for a in accumulators if a.part is not None)
+        found = [accumulator for chunk in list(self._accumulators) for accumulator in self._all(chunk)]
+        return sum(a.part.resident_bytes for a in found if a.part is not None)
+
+    def _all(self, chunk: Chunk) -> list[_Accumulator]:
+        return [*self._aside.get(chunk, ()), self._accumulators[chunk], *self._spare.get(chunk, ())]
 
     def hold(self) -> None:
         """A step that was agreed on will use this even if the session ends."""
@@ -106,9 +135,10 @@ class Contributions:
             self._holders -= 1
             if self._holders:
                 return
-        for chunk, accumulator in list(self._accumulators.items()):
-            if accumulator.part is not None:
-                chunk.tier.discard([accumulator.part])
+        for chunk in list(self._accumulators):
+            for accumulator in self._all(chunk):
+                if accumulator.part is not None:
+                    chunk.tier.discard([accumulator.part])
 
     def check_sequence(self, chunk: Chunk, step: int, sequence: int) -> bool:
         """Whether this contribution is still to be counted. Raises Conflict if one before it is missing."""
@@ -144,6 +174,7 @@ class Contributions:
             with chunk.lock:
                 part = accumulator.part
                 if part is None or not part.filled:
+                    accumulator.begun = step
                     if gradient.runs is None:
                         spare = self._begin(chunk, accumulator, values)
                         self._count(accumulator, step)
@@ -153,14 +184,14 @@ class Contributions:
                 if self._begin_with_runs(gradient, accumulator, step, patience):
                     return values.tensor
                 continue
-            wide = self.new_wide(chunk) or part
+            wide = self.new_wide(chunk, step) or part
             fresh = [wide] if wide is not part else []
             with chunk.tier.lease([part], fresh, what=part.label, patience=patience), chunk.lock:
                 # An update that is just done may have emptied it.
                 if accumulator.part is not part or not part.filled:
                     continue
                 if wide is not part:
-                    self.widen(chunk, wide)
+                    self.widen(chunk, step, wide)
                 if gradient.runs is None:
                     wide.tensor.add_(values.tensor.view(chunk.shape))
                 else:
@@ -178,7 +209,7 @@ class Contributions:
         assert gradient.runs is not None
         part = old
         if part is None or part.dtype != chunk.accumulation_dtype:
-            part = self._new_part(chunk, chunk.accumulation_dtype)
+            part = self._new_part(chunk, chunk.accumulation_dtype, accumulator)
         with chunk.tier.lease((), [part], what=part.label, patience=patience), chunk.lock:
             if accumulator.part is not old or (old is not None and old.filled):
                 return False
@@ -199,15 +230,16 @@ class Contributions:
         if part is None or part.dtype != dtype:
             if part is not None:
                 tier.discard([part])
-            part = accumulator.part = self._new_part(chunk, dtype)
+            part = accumulator.part = self._new_part(chunk, dtype, accumulator)
         if gradient.tensor.dtype == dtype:
             return tier.adopt(part, gradient)
         part.tensor.copy_(gradient.tensor.view(chunk.shape))
         part.changed()
         return gradient.tensor
 
-    def _new_part(self, chunk: Chunk, dtype: torch.dtype) -> Part:
-        return chunk.new_part(f"{self.name}-{str(dtype).removeprefix('torch.')}", dtype, kind="gradient")
+    def _new_part(self, chunk: Chunk, dtype: torch.dtype, accumulator: _Accumulator) -> Part:
+        slot = f"-{accumulator.slot}" if accumulator.slot else ""
+        return chunk.new_part(f"{self.name}{slot}-{str(dtype).removeprefix('torch.')}", dtype, kind="gradient")
 
     @staticmethod
     def _count(accumulator: _Accumulator, step: int) -> None:
@@ -230,33 +262,65 @@ class Contributions:
             with self._zero_lock:
                 # Of two in a row the first decides whether there is a gradient still.
                 accumulator.keep_zeros = keep_zeros and (accumulator.keep_zeros or not accumulator.zero_after_update)
-                if chunk.version < next_step:
+                if chunk.version >= next_step:
+                    self._zero(chunk, accumulator)
+                elif not self.terms.max_staleness:
                     accumulator.zero_after_update = True
+                elif accumulator.occupied and accumulator.begun < next_step:
+                    self._set_aside(chunk, accumulator, next_step)
                 else:
                     self._zero(chunk, accumulator)
 
-    def has(self, chunk: Chunk) -> bool:
-        """Whether there is a gradient of the chunk, be it 0."""
-        accumulator = self._accumulators.get(chunk)
-        return accumulator is not None and (accumulator.zeros or self.part(chunk) is not None)
+    def _set_aside(self, chunk: Chunk, accumulator: _Accumulator, next_step: int) -> None:
+        """Keeps a sum for the updates before `next_step` and begins another one; expects `_zero_lock`."""
+        accumulator.until = next_step - 1
+        # First, so that `_of` finds it in the one place or the other.
+        aside = self._aside[chunk] = (*self._aside.get(chunk, ()), accumulator)
+        spare = self._spare.get(chunk)
+        new = spare.pop() if spare else _Accumulator(slot=len(aside))
+        new.begun, new.zeros, new.keep_zeros = next_step, accumulator.keep_zeros, accumulator.keep_zeros
+        self._accumulators[chunk] = new
 
-    def part(self, chunk: Chunk) -> Part | None:
-        """The sum so far, or None. It may be narrower than what sums are kept in."""
+    def oldest_version(self, chunk: Chunk, step: int) -> int:
+        """Which version a chunk has to have reached for a gradient of this step to be added."""
         accumulator = self._accumulators.get(chunk)
+        if accumulator is not None and accumulator.occupied and accumulator.begun < step:
+            # `zero_grad` was forgotten: it adds to what updates before this step still use.
+            return step
+        return max(0, step - self.terms.max_staleness)
+
+    def _of(self, chunk: Chunk, step: int) -> _Accumulator | None:
+        """What the update of a step uses. From any thread."""
+        present = self._accumulators.get(chunk)
+        for accumulator in self._aside.get(chunk, ()):
+            if accumulator.begun <= step <= accumulator.until:
+                return accumulator
+        return present if present is not None and present.begun <= step else None
+
+    def has(self, chunk: Chunk, step: int) -> bool:
+        """Whether there is a gradient of the chunk for a step, be it 0."""
+        accumulator = self._of(chunk, step)
+        return accumulator is not None and accumulator.occupied
+
+    def part(self, chunk: Chunk, step: int) -> Part | None:
+        """The sum so far for a step, or None. It may be narrower than what sums are kept in."""
+        accumulator = self._of(chunk, step)
         part = None if accumulator is None else accumulator.part
         return part if part is not None and part.filled else None
 
-    def new_wide(self, chunk: Chunk) -> Part | None:
+    def new_wide(self, chunk: Chunk, step: int) -> Part | None:
         """A part to pass to `widen`, if the sum is narrower than what sums are kept in."""
-        part = self.part(chunk)
-        if part is None or part.dtype == chunk.accumulation_dtype:
+        accumulator = self._of(chunk, step)
+        if accumulator is None or accumulator.part is None or not accumulator.part.filled:
             return None
-        return self._new_part(chunk, chunk.accumulation_dtype)
+        if accumulator.part.dtype == chunk.accumulation_dtype:
+            return None
+        return self._new_part(chunk, chunk.accumulation_dtype, accumulator)
 
-    def widen(self, chunk: Chunk, wide: Part) -> None:
+    def widen(self, chunk: Chunk, step: int, wide: Part) -> None:
         """Has the sum in another part from now on; expects a lease of both, and the chunk's lock."""
-        accumulator = self._accumulators[chunk]
-        assert accumulator.part is not None
+        accumulator = self._of(chunk, step)
+        assert accumulator is not None and accumulator.part is not None
         wide.tensor.copy_(accumulator.part.tensor)
         wide.changed()
         chunk.tier.discard([accumulator.part])
@@ -269,27 +333,36 @@ class Contributions:
             with self._zero_lock:
                 if accumulator.zero_after_update:
                     self._zero(chunk, accumulator)
+                if aside := self._aside.get(chunk):
+                    self._free(chunk, [each for each in aside if each.until < chunk.version])
+
+    def _free(self, chunk: Chunk, accumulators: Sequence[_Accumulator]) -> None:
+        """No update uses these any more; expects `_zero_lock`."""
+        for accumulator in accumulators:
+            accumulator.keep_zeros = False
+            self._zero(chunk, accumulator)
+            self._spare.setdefault(chunk, []).append(accumulator)
+        self._aside[chunk] = tuple(each for each in self._aside[chunk] if each not in accumulators)
 
     @staticmethod
     def _zero(chunk: Chunk, accumulator: _Accumulator) -> None:
-        had = accumulator.zeros or (accumulator.part is not None and accumulator.part.filled)
-        accumulator.zeros = had and accumulator.keep_zeros
+        accumulator.zeros = accumulator.occupied and accumulator.keep_zeros
         if accumulator.part is not None:
             chunk.tier.empty(accumulator.part)
         accumulator.zero_after_update = False
         accumulator.count = 0
 
 
-def average(chunk: Chunk, by_rank: Sequence[Contributions]) -> torch.Tensor | None:
-    """The mean or sum of the trainers' gradients, in the weight's dtype; None if nobody contributed.
+def average(chunk: Chunk, by_rank: Sequence[Contributions], step: int) -> torch.Tensor | None:
+    """The mean or sum of the trainers' gradients for a step, in the weight's dtype; None if nobody contributed.
 
     A trainer that contributed nothing counts as zero. With one trainer the result is its accumulator
     itself if that has the weight's dtype. Expects a lease of the parts, of `average_bytes` besides, and the
     chunk's lock.
     """
-    gradients = [part.tensor for part in gradient_parts(chunk, by_rank)]
+    gradients = [part.tensor for part in gradient_parts(chunk, by_rank, step)]
     if not gradients:
-        return torch.zeros(chunk.shape, dtype=chunk.dtype) if any(c.has(chunk) for c in by_rank) else None
+        return torch.zeros(chunk.shape, dtype=chunk.dtype) if any(c.has(chunk, step) for c in by_rank) else None
     if len(by_rank) == 1:
         total = gradients[0]
     else:
@@ -301,16 +374,16 @@ def average(chunk: Chunk, by_rank: Sequence[Contributions]) -> torch.Tensor | No
     return total if total.dtype == chunk.dtype else total.to(chunk.dtype)
 
 
-def gradient_parts(chunk: Chunk, by_rank: Sequence[Contributions]) -> list[Part]:
-    """The trainers' accumulators that have something in them, in rank order."""
-    return [part for c in by_rank if (part := c.part(chunk)) is not None]
+def gradient_parts(chunk: Chunk, by_rank: Sequence[Contributions], step: int) -> list[Part]:
+    """The trainers' accumulators for a step that have something in them, in rank order."""
+    return [part for c in by_rank if (part := c.part(chunk, step)) is not None]
 
 
-def average_bytes(chunk: Chunk, by_rank: Sequence[Contributions]) -> int:
+def average_bytes(chunk: Chunk, by_rank: Sequence[Contributions], step: int) -> int:
     """What `average` allocates."""
-    parts = gradient_parts(chunk, by_rank)
+    parts = gradient_parts(chunk, by_rank, step)
     if not parts:
-        return chunk.num_bytes() if any(c.has(chunk) for c in by_rank) else 0
+        return chunk.num_bytes() if any(c.has(chunk, step) for c in by_rank) else 0
     if len(by_rank) == 1 and parts[0].dtype == chunk.dtype:
         return 0
     return chunk.num_bytes(chunk.accumulation_dtype)

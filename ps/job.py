@@ -54,7 +54,7 @@ class Job:
         self.sessions = Sessions(name, options.lease_seconds, options.max_sessions, self.monitor, self._leave)
         self.barriers = Barriers(self.sessions, self.monitor)
         self.commits = RunningCommits(name, self.monitor)
-        self.updater = Updater(name, self.shard_lock, self.monitor, self.commits)
+        self.updater = Updater(name, self.shard_lock, self.monitor, self.commits, late=options.late_updates)
         self.steps = Steps(name, self.sessions, self.monitor, self.updater)
         self._staging: dict[str, Staging] = {}
 
@@ -275,7 +275,7 @@ class Job:
     ) -> Iterator[Part]:
         """What of a chunk a use in the near future needs, as far as that is there already."""
         if kind == "gradient":
-            if (part := self.steps.part(session, chunk)) is not None:
+            if (part := self.steps.part(session, chunk, step)) is not None:
                 yield part
             if shard.schedule.is_early(chunk) and chunk.version == step:
                 # Its update follows at once.
@@ -289,10 +289,20 @@ class Job:
 
     def wait_for_version(self, session: Session, shard: Shard, chunk: Chunk, version: int, patience: Patience) -> None:
         """Waits until a chunk is at `version` or beyond it."""
+        self.updater.need(shard, version)
+        self.wait_for_any_since(session, shard, chunk, version, patience)
+
+    def wait_for_any_since(
+        self, session: Session, shard: Shard, chunk: Chunk, version: int, patience: Patience, step: int | None = None
+    ) -> None:
+        """As `wait_for_version`, for a trainer that is at a later `step`; see `Terms.max_staleness`."""
         self.monitor.wait_until(
             lambda: chunk.version >= version and self.shard is shard,
             patience,
-            lambda: f"version {version} of {chunk.label} of job {self.name!r}, which is at {chunk.version}",
+            lambda: (
+                f"version {version} of {chunk.label} of job {self.name!r}, which is at {chunk.version}"
+                + ("" if step is None else f" (max_staleness={step - version}, and the trainer is at step {step})")
+            ),
             lambda: self.check_version(session, shard, version),
         )
 
@@ -308,6 +318,7 @@ class Job:
 
     def wait_at_rest(self, shard: Shard, session: Session, patience: Patience) -> None:
         """Waits until no update is running or about to, and no announced step has updated a part of the chunks."""
+        self.updater.need(shard, shard.newest_version)
         self.monitor.wait_until(
             lambda: shard.at_rest or shard.failure is not None,
             patience,

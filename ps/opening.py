@@ -149,6 +149,7 @@ def set_optimizer(
     patience: Patience,
     trained: Sequence[int] = (),
     reduction: Literal["mean", "sum"] = "mean",
+    max_staleness: int = 0,
 ) -> None:
     """States the optimizer, and which of its parameters take gradients by now.
 
@@ -166,11 +167,11 @@ def set_optimizer(
     for parameter in trained:
         if parameter not in optimizer.group_of:
             raise InvalidRequest(f"parameter {parameter} cannot be trained: it is in no group")
-    job.steps.agree_on(session, Terms(reduction, spec.ema_decay))
+    job.steps.agree_on(session, Terms(reduction, spec.ema_decay, max_staleness))
     with job.shard_lock:
         if job.shard is shard:
             shard.set_trained(trained)
-            check_budget(shard, session.world_size, optimizer.arrays, optimizer.fused)
+            check_budget(shard, session.world_size, optimizer.arrays, optimizer.fused, max_staleness)
         _set_optimizer(job, session, shard, spec, optimizer)
 
 

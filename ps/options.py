@@ -26,6 +26,7 @@ class ServerOptions:
     codecs: what chunk files of commits are compressed with, by kind of array: 'weight', 'buffer', 'state'. The same
         on all servers of a set.
     links: the kinds of link that trainers may use.
+    late_updates: updates are put off as long as `max_staleness` permits; to see what that does to training.
     advertise: the address at which trainers reach this server for other links than gRPC; None for the one that
         each of them uses.
     max_jobs, max_sessions: in memory at a time. max_inflight_bytes: of one session's pushes that are arriving.
@@ -42,3 +43,4 @@ class ServerOptions:
     max_jobs: int = MAX_JOBS
     max_sessions: int = MAX_SESSIONS
     max_inflight_bytes: int = MAX_INFLIGHT_BYTES
+    late_updates: bool = False

@@ -13,6 +13,7 @@ from ps.job import Job
 from ps.jobs import Jobs
 from ps.links import Block
 from ps.monitor import Patience
+from ps.newest import newest_blocks
 from ps.places import Place
 from ps.runs import Runs, decode_runs
 from ps.sessions import Session
@@ -21,7 +22,7 @@ from ps.state_access import Read, array_of, check_travels, dtype_of, elements_of
 from ps.statuses import stream_error
 from ps.tier import Lent
 from ps.traffic import Traffic
-from ps.wire import check_convertible, decode_chunks, decode_dtype
+from ps.wire import check_convertible, decode_chunks, decode_dtype, decode_staleness
 
 
 def answer_pulls(
@@ -49,7 +50,8 @@ def answer_pulls(
                     else:
                         check_convertible(chunks, dtype)
                         parts = list(zip(chunks, decode_runs(request.parts, chunks), strict=True))
-                        blocks = _chunks(job, session, shard, parts, request.version, dtype, patience)
+                        oldest = max(0, request.version - decode_staleness(request))
+                        blocks = _chunks(job, session, shard, parts, request.version, oldest, dtype, patience)
                 for response, num_bytes in session.chosen.link.answer(request.request_id, blocks):
                     traffic.pulled(num_bytes)
                     yield response
@@ -63,18 +65,27 @@ def _chunks(
     shard: Shard,
     parts: Iterable[tuple[Chunk, Runs | None]],
     version: int,
+    oldest: int,
     dtype: torch.dtype | None,
     patience: Patience,
 ) -> Iterator[Block | None]:
+    """oldest: each chunk comes in the newest version from this one to `version`."""
     if version < 0:
         raise InvalidRequest(f"there is no version {version}")
     for chunk, runs in parts:
-        if chunk.version < version or not chunk.has_weight:
+        if chunk.version < oldest or not chunk.has_weight:
             yield None
-            job.wait_for_version(session, shard, chunk, version, patience)
+            if oldest == version:
+                job.wait_for_version(session, shard, chunk, version, patience)
+            else:
+                job.wait_for_any_since(session, shard, chunk, oldest, patience, version)
             job.wait_for_weight(session, shard, chunk, patience)
         job.used(session, shard, "pull", chunk, version, dtype)
         wire = dtype or chunk.dtype
+        if oldest < version:
+            bounds = ((0, chunk.elements),) if runs is None else runs.bounds
+            yield from newest_blocks(chunk, bounds, oldest, version, wire, patience)
+            continue
         for first, end in ((0, chunk.elements),) if runs is None else runs.bounds:
             offset = first * wire.itemsize
             yield Block(

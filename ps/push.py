@@ -252,9 +252,13 @@ def _gradient(
     if step > shard.step:
         raise Conflict(f"a gradient of step {step} came while job {job.name!r} is at step {shard.step}")
     for chunk in chunks:
-        job.wait_for_version(session, shard, chunk, step, patience)
+        oldest = contributions.oldest_version(chunk, step)
+        if oldest == step:
+            job.wait_for_version(session, shard, chunk, step, patience)
+        else:
+            job.wait_for_any_since(session, shard, chunk, oldest, patience, step)
         # One that is sent again may find its chunk updated.
-        if chunk.version != step and contributions.check_sequence(chunk, step, header.sequence):
+        if chunk.version > step and contributions.check_sequence(chunk, step, header.sequence):
             raise Conflict(f"a gradient of step {step} for {chunk.label} came at version {chunk.version}")
         job.used(session, shard, "gradient", chunk, step)
 

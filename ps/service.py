@@ -35,6 +35,7 @@ from ps.wire import (
     decode_optimizer,
     decode_plan,
     decode_reduction,
+    decode_staleness,
     decode_step,
     encode_opened_job,
     encode_state,
@@ -206,7 +207,8 @@ class ParameterServer:
     def SetOptimizer(self, request: pb.SetOptimizerRequest, context: grpc.ServicerContext) -> pb.SetOptimizerResponse:
         job, session = self._jobs.find(request.session_id)
         spec, reduction = decode_optimizer(request), decode_reduction(request)
-        set_optimizer(job, session, spec, self._update_wait(context), request.trained, reduction)
+        staleness = decode_staleness(request)
+        set_optimizer(job, session, spec, self._update_wait(context), request.trained, reduction, staleness)
         return pb.SetOptimizerResponse()
 
     # ------------------------------------------------------------ bytes

@@ -29,6 +29,7 @@ class Shard:
     updated_step: the version that every chunk has reached.
     newest_version: the version that some chunk has reached, or is about to: `step`, or the next one while an
         announced step updates chunks whose gradients are final.
+    needed_version: the newest version that somebody waited for, which updates that are put off come to.
     failure, failed_at: why a step failed, and when on the monotonic clock. The state is of no use then.
     spec: the optimizer as stated, or as a generation has it.
     metadata: what the trainer gave to the last commit.
@@ -55,6 +56,7 @@ class Shard:
         self.step = step
         self.updated_step = step
         self.newest_version = step
+        self.needed_version = step
         self.failure: str | None = None
         self.failed_at = 0.0
         self.spec: OptimizerSpec | None = None

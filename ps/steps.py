@@ -103,18 +103,17 @@ class Steps:
                 theirs = self._contributions[other.id]
                 if other is session or not theirs.stated or theirs.terms == terms:
                     continue
-                what = "gradient_reduction" if theirs.terms.reduction != terms.reduction else "ema_decay"
-                values = [each.reduction if what != "ema_decay" else each.ema_decay for each in (theirs.terms, terms)]
+                what, *values = theirs.terms.difference(terms)
                 raise Conflict(
                     f"trainers disagree on {what}: it is {values[0]} on rank {other.rank} and {values[1]} on rank "
                     f"{session.rank}"
                 )
             mine.terms, mine.stated = terms, True
 
-    def part(self, session: Session, chunk: Chunk) -> Part | None:
-        """Where a session's gradients of a chunk add up, if it has sent any."""
+    def part(self, session: Session, chunk: Chunk, step: int) -> Part | None:
+        """Where a session's gradients of a chunk for a step add up, if it has sent any."""
         contributions = self._contributions.get(session.id)
-        return None if contributions is None else contributions.part(chunk)
+        return None if contributions is None else contributions.part(chunk, step)
 
     def check_progress(self, session: Session) -> None:
         """Raises when the next step cannot come about: a trainer is lost, or they disagree."""
@@ -283,11 +282,11 @@ class Steps:
     ) -> list[float]:
         norms = []
         edits_of = by_parameter(edits)
-        ahead = ReadAhead(shard.tier, chunks, lambda chunk: gradient_parts(chunk, by_rank))
+        ahead = ReadAhead(shard.tier, chunks, lambda chunk: gradient_parts(chunk, by_rank, step))
         for number, chunk in enumerate(chunks):
             shard.schedule.norm(step, chunk)
             ahead.reached(number)
-            norms.append(_norm(chunk, by_rank, norm_type, edits_of.get(chunk.parameter, ()), patience))
+            norms.append(_norm(chunk, by_rank, step, norm_type, edits_of.get(chunk.parameter, ()), patience))
         shard.schedule.norm(step, None)
         return norms
 
@@ -441,16 +440,17 @@ class Steps:
 def _norm(
     chunk: Chunk,
     contributions: Sequence[Contributions],
+    step: int,
     norm_type: float,
     edits: Sequence[GradientEdit],
     patience: Patience,
 ) -> float:
-    parts = gradient_parts(chunk, contributions)
-    average_alone = average_bytes(chunk, contributions)
+    parts = gradient_parts(chunk, contributions, step)
+    average_alone = average_bytes(chunk, contributions, step)
     scratch = max(average_alone, chunk.num_bytes() if edits else 0)
     what = f"the norm of the gradient of {chunk.label}"
     with chunk.tier.lease(parts, scratch_bytes=scratch, what=what, patience=patience), chunk.lock:
-        gradient = average(chunk, contributions)
+        gradient = average(chunk, contributions, step)
         if gradient is None:
             return 0.0
         if edits and not average_alone:

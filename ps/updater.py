@@ -38,13 +38,18 @@ class Updater:
 
     shard_lock: held while chunks change, so that who holds it (the beginning of a commit) sees a shard at rest.
     commits: no chunk leaves a step of which a commit has still to begin.
+    late: updates are put off as long as `max_staleness` permits and nobody waits for them, to see what that does.
     """
 
-    def __init__(self, job: str, shard_lock: threading.RLock, monitor: Monitor, commits: RunningCommits) -> None:
+    def __init__(
+        self, job: str, shard_lock: threading.RLock, monitor: Monitor, commits: RunningCommits, *, late: bool = False
+    ) -> None:
         self._job = job
         self._shard_lock = shard_lock
         self._monitor = monitor
         self._commits = commits
+        self._late = late
+        self._closing = False
         self._steps: queue.SimpleQueue[AgreedStep | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name=f"updater-{job}", daemon=True)
         self._thread.start()
@@ -53,8 +58,17 @@ class Updater:
         """There is something to do for the step: chunks are ready, or it is over."""
         self._steps.put(step)
 
+    def need(self, shard: Shard, version: int) -> None:
+        """Somebody waits for a version: it is put off no longer."""
+        if self._late:
+            with self._monitor:
+                shard.needed_version = max(shard.needed_version, version)
+                self._monitor.changed()
+
     def close(self) -> None:
         """Finishes the steps that were submitted."""
+        self._closing = True
+        self._monitor.changed()
         self._steps.put(None)
         self._thread.join()
 
@@ -75,6 +89,8 @@ class Updater:
     def _advance(self, step: AgreedStep) -> bool:
         """Updates what of a step can be updated by now. Whether there will be no more of it."""
         shard = step.shard
+        if self._late:
+            self._put_off(step)
         if step.lost is None:
             self._commits.wait_before_change(step.step, Patience.of(FLUSH_SECONDS))
         while True:
@@ -98,6 +114,21 @@ class Updater:
             shard.fail(f"step {step.step} on shard {shard.index} is half done: {step.lost}")
         return True
 
+    def _put_off(self, step: AgreedStep) -> None:
+        """Waits until trainers are as far ahead as they may be, so that none can go on without this update."""
+        shard, staleness = step.shard, step.contributions[0].terms.max_staleness
+        self._monitor.wait_until(
+            lambda: (
+                shard.step > step.step + staleness
+                or shard.needed_version > step.step
+                or step.lost is not None
+                or self._closing
+                or not staleness
+            ),
+            Patience.of(FLUSH_SECONDS),
+            lambda: f"trainers to be {staleness} steps ahead of step {step.step}",
+        )
+
     def _finish(self, step: AgreedStep) -> None:
         shard = step.shard
         with self._shard_lock:
@@ -111,7 +142,7 @@ class Updater:
         shard, optimizer = step.shard, step.shard.optimizer
         assert optimizer is not None
         batches = list(_batches(shard, chunks))
-        ahead = ReadAhead(shard.tier, batches, lambda batch: to_read_ahead(batch, step.contributions))
+        ahead = ReadAhead(shard.tier, batches, lambda batch: to_read_ahead(batch, step.contributions, step.step))
         for number, batch in enumerate(batches):
             ahead.reached(number)
             with at_liberty(shard, batch, self._shard_lock):
@@ -125,13 +156,15 @@ class Updater:
     def _update_batch(self, step: AgreedStep, optimizer: ChunkOptimizer, batch: Sequence[Chunk]) -> None:
         by_rank = step.contributions
         with_gradient = [
-            chunk for chunk in batch if chunk.parameter in optimizer.group_of and any(c.has(chunk) for c in by_rank)
+            chunk
+            for chunk in batch
+            if chunk.parameter in optimizer.group_of and any(c.has(chunk, step.step) for c in by_rank)
         ]
         averaged = _averaged(step.shard, optimizer, batch)
         leased: Collection[Part] = ()
         with ExitStack() as held:
             if step.shard.tier.limited and (with_gradient or averaged):
-                needed = of_update(with_gradient, optimizer, by_rank, step.edits)
+                needed = of_update(with_gradient, optimizer, by_rank, step.edits, step.step)
                 needed.add_averages(chunk for chunk in averaged if chunk not in with_gradient)
                 leased = set(needed.fresh)
                 what = f"the update of {batch[0].label}"
@@ -141,13 +174,13 @@ class Updater:
                 for chunk in batch:
                     held.enter_context(chunk.lock)
                 for contributions, chunk, wide in needed.wide:
-                    contributions.widen(chunk, wide)
+                    contributions.widen(chunk, step.step, wide)
             else:
                 for chunk in batch:
                     held.enter_context(chunk.lock)
             stepped: list[tuple[Chunk, torch.Tensor]] = []
             for chunk in with_gradient:
-                gradient = average(chunk, by_rank)
+                gradient = average(chunk, by_rank, step.step)
                 assert gradient is not None
                 for edit in step.edits.get(chunk.parameter, ()):
                     edit.apply(gradient)

@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 
-from protos import MAX_MANIFEST_PARAMETERS, dtypes
+from protos import MAX_MANIFEST_PARAMETERS, MAX_STALENESS, dtypes
 from protos import zero_ps_pb2 as pb
 from protos.layout import ChunkGrid
 from protos.names import check_id, check_parameter_name
@@ -115,6 +115,13 @@ def decode_reduction(request: pb.SetOptimizerRequest) -> Literal["mean", "sum"]:
         case pb.GRADIENT_REDUCTION_SUM:
             return "sum"
     raise InvalidRequest(f"there is no gradient reduction {request.gradient_reduction}")
+
+
+def decode_staleness(request: pb.SetOptimizerRequest | pb.PullRequest) -> int:
+    """Raises InvalidRequest for more than servers keep gradients for."""
+    if request.max_staleness > MAX_STALENESS:
+        raise InvalidRequest(f"max_staleness has to be 0 to {MAX_STALENESS}, not {request.max_staleness}")
+    return request.max_staleness
 
 
 def decode_step(request: pb.StepRequest | pb.AnnounceStepRequest) -> StepWish:

@@ -36,9 +36,13 @@ class WorkingSet:
 
 
 def of_update(
-    chunks: Iterable[Chunk], optimizer: ChunkOptimizer, by_rank: Sequence[Contributions], edited: Iterable[int]
+    chunks: Iterable[Chunk],
+    optimizer: ChunkOptimizer,
+    by_rank: Sequence[Contributions],
+    edited: Iterable[int],
+    step: int,
 ) -> WorkingSet:
-    """Of chunks that have gradients. edited: parameters whose gradients are edited."""
+    """Of chunks that have gradients for a step. edited: parameters whose gradients are edited."""
     found = WorkingSet()
     for chunk in chunks:
         found.read.append(chunk.weight)
@@ -48,26 +52,28 @@ def of_update(
         # What torch allocates itself, before it is moved to where it belongs.
         found.scratch_bytes += sum(part.size for part in new if part.spillable)
         found.fresh += chunk.copies.values()
-        found.read += gradient_parts(chunk, by_rank)
-        if len(by_rank) == 1 and chunk.parameter in edited and (wide := by_rank[0].new_wide(chunk)) is not None:
+        found.read += gradient_parts(chunk, by_rank, step)
+        if len(by_rank) == 1 and chunk.parameter in edited and (wide := by_rank[0].new_wide(chunk, step)) is not None:
             found.fresh.append(wide)
             found.wide.append((by_rank[0], chunk, wide))
-        found.scratch_bytes += average_bytes(chunk, by_rank)
+        found.scratch_bytes += average_bytes(chunk, by_rank, step)
         if not optimizer.fused:
             found.scratch_bytes += _SCRATCH_TENSORS * chunk.num_bytes()
     return found
 
 
-def to_read_ahead(chunks: Iterable[Chunk], by_rank: Sequence[Contributions]) -> list[Part]:
-    """What an update of these chunks will read."""
+def to_read_ahead(chunks: Iterable[Chunk], by_rank: Sequence[Contributions], step: int) -> list[Part]:
+    """What an update of these chunks in a step will read."""
     found = []
     for chunk in chunks:
-        if gradients := gradient_parts(chunk, by_rank):
+        if gradients := gradient_parts(chunk, by_rank, step):
             found += [*gradients, chunk.weight, *chunk.state.values()]
     return found
 
 
-def check_budget(shard: Shard, world_size: int, arrays: Mapping[str, StateArray], fused: bool = True) -> None:
+def check_budget(
+    shard: Shard, world_size: int, arrays: Mapping[str, StateArray], fused: bool = True, max_staleness: int = 0
+) -> None:
     """Reserves what of a shard never leaves memory. Raises OutOfBudget, naming the chunk that is too large."""
     tier = shard.tier
     if not tier.limited:
@@ -82,7 +88,7 @@ def check_budget(shard: Shard, world_size: int, arrays: Mapping[str, StateArray]
         if trained:
             small += 8 * (len(arrays) - len(per_element))
         if chunk.num_bytes() < SMALL_BYTES:
-            small += 2 * chunk.num_bytes() + state + gradients
+            small += 2 * chunk.num_bytes() + state + (1 + max_staleness) * gradients
             continue
         # The first step has the state twice: torch's own, and where it stays.
         needed = 2 * chunk.num_bytes() + 2 * state + gradients

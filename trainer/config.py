@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import nn
 
+from protos import MAX_STALENESS
 from trainer.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -46,6 +47,11 @@ class OffloadConfig:
         there is a process group of the job's trainers.
     process_group: of the job's trainers, for group mode: a process group or a one-dimensional `DeviceMesh`;
         None for the default group. Ranks in it have to be those of the job.
+    max_staleness: how many steps this trainer may be ahead of the servers' updates. 0 computes each step with the
+        values that the last one made; k with those that servers have, which may lack the last k steps. Forwards
+        and backwards wait less for slow updates, and training is another one than torch's: docs/optimizer.md says
+        what it costs. Servers keep k more sums of gradients for each trainer. Not in group mode. The same on every
+        rank.
     gradient_reduction: "mean" or "sum": how the trainers' gradients become one. The same on every rank.
     max_inflight_push_bytes: how many bytes of gradients may wait to be sent. Backward waits beyond
         that, so a slow network does not gather a whole model's gradients here.
@@ -63,6 +69,7 @@ class OffloadConfig:
     param_dtype: torch.dtype | None = None
     reduce_dtype: torch.dtype | None = None
     gradient_reduction: Literal["mean", "sum"] = "mean"
+    max_staleness: int = 0
     mode: Literal["auto", "group", "direct"] = "auto"
     process_group: "ProcessGroup | DeviceMesh | None" = None
     max_inflight_push_bytes: int = 32 << 20
@@ -90,6 +97,16 @@ class OffloadConfig:
             for each in () if isinstance(chosen, bool) else chosen:
                 if not isinstance(each, str) and not (isinstance(each, type) and issubclass(each, nn.Module)):
                     raise ConfigError(f"OffloadConfig.{name} takes classes of modules and names, not {each!r}")
+        k = self.max_staleness
+        if not isinstance(k, int) or isinstance(k, bool) or not 0 <= k <= MAX_STALENESS:
+            raise ConfigError(
+                f"OffloadConfig.max_staleness has to be a whole number from 0 to {MAX_STALENESS}, not {k!r}"
+            )
+        if k and self.mode == "group":
+            raise ConfigError(
+                "OffloadConfig(max_staleness=...) does not go with mode='group': there each trainer pulls a part of a "
+                "chunk, and the parts could be of different versions; leave one of them away"
+            )
         if self.gradient_reduction not in ("mean", "sum"):
             raise ConfigError(
                 f"OffloadConfig.gradient_reduction has to be 'mean' or 'sum', not {self.gradient_reduction!r}"

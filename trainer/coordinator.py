@@ -73,6 +73,8 @@ class Coordinator:
         # Not released because something outside of this package holds a view of them.
         self._lingering: dict[OffloadedParameter, None] = {}
         self._unsaved: deque[OffloadedParameter] = deque()
+        # Whether the running pass may compute with values that lack the last steps; see `staleness`.
+        self._may_be_stale = False
         # In a group: what this rank gathered for itself, outside of passes. In a pass it does not count.
         self._private: set[OffloadedParameter] = set()
         # What is being gathered, and must stay until whoever uses it has it.
@@ -90,6 +92,9 @@ class Coordinator:
         grad = torch.is_grad_enabled()
         kind: Hashable = (name, module.training, grad, torch.is_inference_mode_enabled())
         self.forecast.begin_forward(kind, signature(inputs), lambda: module_order(module), grad)
+        self._may_be_stale = grad
+        if not grad:
+            self._renew(self.residency.states())
         self._begin_pass()
         self._keep_what_comes()
         self.residency.new_pass()
@@ -113,6 +118,7 @@ class Coordinator:
             return
         self._end_broken_pass()
         self.forecast.begin_backward()
+        self._may_be_stale = True
         self._begin_pass()
         self.residency.new_pass()
 
@@ -172,13 +178,39 @@ class Coordinator:
 
     # ------------------------------------------------------------ gather
 
-    def fetch(self, states: Sequence[OffloadedParameter], who: str, *, private: bool = True) -> None:
+    @property
+    def staleness(self) -> int:
+        """How many steps what is asked for may be behind: in forwards that a backward may follow, and in backwards.
+
+        All else gets what the last step made.
+        """
+        if not self._may_be_stale or not self.forecast.running or self._job.read_only:
+            return 0
+        return self._config.max_staleness
+
+    def _renew(self, states: Iterable[OffloadedParameter]) -> None:
+        """What is here of these, or on its way, does not count if it may be behind the job's step."""
+        if not self._config.max_staleness:
+            return
+        for state in states:
+            if state.request is not None and state.request.max_staleness:
+                self._outlast(state.request)
+            if state.stale:
+                state.version, state.stale = NOT_HERE, False
+
+    def fetch(
+        self, states: Sequence[OffloadedParameter], who: str, *, private: bool = True, exact: bool = False
+    ) -> None:
         """Returns when all the parameters are whole and at the job's version.
 
         who: the module that uses them, for messages and statistics.
         private: outside of passes, whether other ranks need not do the same.
+        exact: whatever `max_staleness` is.
         """
         version = self._job.step
+        staleness = 0 if exact else self.staleness
+        if not staleness:
+            self._renew(states)
         self._serving = states
         if self.forecast.running:
             self._note_uses(states, version, who)
@@ -194,7 +226,7 @@ class Coordinator:
         self.pass_assignments()
         began = time.perf_counter()
         with self._plain_tensors(), self._profiled(who):
-            self._gather(states, version, who)
+            self._gather(states, version, who, staleness)
         self._served_at = time.perf_counter()
         self.statistics.stalled(who, self._served_at - began)
         if self.timeline is not None:
@@ -219,7 +251,7 @@ class Coordinator:
         if self.timeline is not None:
             self.timeline.used(states, who, self._served_at)
 
-    def _gather(self, states: Sequence[OffloadedParameter], version: int, who: str) -> None:
+    def _gather(self, states: Sequence[OffloadedParameter], version: int, who: str, staleness: int) -> None:
         for state in states:
             # Asked for at another version than this: a step came in between.
             if state.request is not None and state.request.version != version:
@@ -238,7 +270,7 @@ class Coordinator:
                 self._frontier = self.forecast.place
             for state in missing:
                 self.residency.allocate(state)
-            self._submit(missing, version, urgent=True)
+            self._submit(missing, version, staleness, urgent=True)
         if self.forecast.running:
             self._look_ahead()
         for state in states:
@@ -262,11 +294,12 @@ class Coordinator:
         with contextlib.suppress(Exception):  # whoever needs it asks again, and hears of it
             self._settle(request)
 
-    def _submit(self, states: Sequence[OffloadedParameter], version: int, *, urgent: bool) -> None:
+    def _submit(self, states: Sequence[OffloadedParameter], version: int, staleness: int, *, urgent: bool) -> None:
         self._plan.asked(states)
         if self.timeline is not None:
             self.timeline.requested(states, time.perf_counter(), urgent=urgent)
-        self._requests.submit(states, version, urgent=urgent, alone=not self.forecast.running)
+        alone = not self.forecast.running
+        self._requests.submit(states, version, urgent=urgent, alone=alone, max_staleness=staleness)
 
     def _arrived(self, request: Request) -> None:
         """From any thread."""
@@ -322,7 +355,7 @@ class Coordinator:
                 bucket = self._next_bucket(bucket_elements, version)
                 self._announcement.pulled(bucket)
                 for together in small_ones_together(bucket):
-                    self._submit(together, version, urgent=False)
+                    self._submit(together, version, self.staleness, urgent=False)
             if not bucket:
                 return
 

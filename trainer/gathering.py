@@ -49,7 +49,7 @@ def gathered(
         if modify:
             model.announcement.check_none("gathered(modify=True)")
             model.job.barrier("entering gathered(modify=True)")
-        model.coordinator.fetch(group, "trainer.gathered", private=not modify)
+        model.coordinator.fetch(group, "trainer.gathered", private=not modify, exact=True)
     # Only when all are here: what failed for one model has to leave those of another as they were.
     for model, group in groups:
         for state in group:
@@ -84,7 +84,7 @@ def gathered(
                 state.deactivate()
             for model, group in groups:
                 again = [state for state in group if state.active]
-                model.coordinator.fetch(again, "trainer.gathered", private=not modify)
+                model.coordinator.fetch(again, "trainer.gathered", private=not modify, exact=True)
                 model.coordinator.release(group)
             for state in kept:
                 # What contexts around this one, in which it is still whole, are to compare with.

@@ -21,6 +21,8 @@ def open_group(job: Job, config: OffloadConfig) -> TrainerGroup | None:
     ranks, hindrance = _ranks(job, config)
     if config.mode == "direct":
         hindrance = "it has mode='direct'"
+    elif config.max_staleness:
+        hindrance = "it has max_staleness, with which each trainer pulls on its own"
     elif config.mode == "auto" and not hindrance and not _is_remote(job):
         hindrance = "it is on a server's host, and has mode='auto'"
     hindrances = [answer.decode() for answer in job.barrier("the mode of offloading", hindrance.encode())]

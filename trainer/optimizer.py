@@ -145,6 +145,7 @@ class RemoteOptimizer(Optimizer):
                     trained=self._trained,
                     gradient_reduction=_REDUCTIONS[self._owner.config.gradient_reduction],
                     ema_decay=self.ema_decay,
+                    max_staleness=self._owner.config.max_staleness,
                 ),
                 job.timeout,
             )

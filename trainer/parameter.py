@@ -55,6 +55,7 @@ class OffloadedParameter:
     name: fully qualified once the model is known.
     remote: where it is on the servers, once it is there.
     version: of the bytes that are in the parameter's storage, or NOT_HERE.
+    stale: whether they may be of older versions than that; see `OffloadConfig.max_staleness`.
     request: what the bytes were asked for with, while they are on their way or were not used yet.
     active: how many running forwards and `gathered` contexts use the parameter. While there are any the
         parameter is of its plain class and stays.
@@ -84,6 +85,7 @@ class OffloadedParameter:
         self._plain_class = type(param)
         self._param = weakref.ref(param)
         self.version = NOT_HERE
+        self.stale = False
         self.adopt_storage()
         setattr(param, _ATTRIBUTE, self)
 

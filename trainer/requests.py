@@ -34,7 +34,7 @@ _PIECE_BYTES = 8 << 20
 class Request:
     """Parameters that are asked for together.
 
-    version: of the bytes that come.
+    version: of the bytes that come; max_staleness: how many versions older they may be.
     sent: whether a part of it was given to the links.
     asked_at, arrived_at: on the performance counter; arrived_at is 0 until then.
     error: why it failed.
@@ -42,9 +42,12 @@ class Request:
     mine: in a group, done when this trainer's parts are here.
     """
 
-    def __init__(self, states: Sequence[OffloadedParameter], version: int, group: TrainerGroup | None) -> None:
+    def __init__(
+        self, states: Sequence[OffloadedParameter], version: int, group: TrainerGroup | None, max_staleness: int
+    ) -> None:
         self.states = states
         self.version = version
+        self.max_staleness = max_staleness
         self.group = group
         self.mine: Future[None] = Future()
         self.nbytes = sum(state.nbytes for state in states)
@@ -114,13 +117,19 @@ class Requests:
     # ------------------------------------------------------------ asking
 
     def submit(
-        self, states: Sequence[OffloadedParameter], version: int, *, urgent: bool, alone: bool = False
+        self,
+        states: Sequence[OffloadedParameter],
+        version: int,
+        *,
+        urgent: bool,
+        alone: bool = False,
+        max_staleness: int = 0,
     ) -> Request:
         """Asks for parameters that have their memory; from here on each one's `request` is this one.
 
         alone: all of them from the servers, also where there is a group.
         """
-        request = Request(states, version, None if alone else self._group)
+        request = Request(states, version, None if alone else self._group, max_staleness)
         pieces = list(request.pieces())
         request.outstanding = len(pieces)
         self._unsettled[request] = None
@@ -182,6 +191,7 @@ class Requests:
             if state.request is request and request.error is None:
                 place.use()
                 state.version = request.version
+                state.stale = request.max_staleness > 0
         self._close(request)
         if request.error is not None:
             raise request.error
@@ -222,7 +232,7 @@ class Requests:
         request.sent = True
         self._sent_bytes += nbytes
         asked_at = time.perf_counter()
-        arrival = self._job.transfer.pull(destinations, request.version)
+        arrival = self._job.transfer.pull(destinations, request.version, max_staleness=request.max_staleness)
         # Views of a parameter's memory tell that it is in use, and another thread may see it arrive at once.
         destinations.clear()
         arrival.when_done(lambda error: self._arrived(request, nbytes, asked_at, error))

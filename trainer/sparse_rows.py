@@ -114,5 +114,7 @@ def _pull(state: OffloadedParameter, numbers: torch.Tensor) -> torch.Tensor:
         if values.numel():
             data = values.view(-1).view(torch.uint8)
             parts = tuple(rows(remote.grid, numbers.cpu()))
-            job.transfer.pull([Destination(remote, data, state.dtype, parts)], job.step).wait()
+            staleness = state.model.coordinator.staleness
+            pulled = [Destination(remote, data, state.dtype, parts)]
+            job.transfer.pull(pulled, job.step, max_staleness=staleness).wait()
         return values.to(state.device)

@@ -112,10 +112,13 @@ class Transfer:
         self._inflight_bytes = 0
         self._error: BaseException | None = None
 
-    def pull(self, destinations: Sequence[Destination], version: int, array: str | None = None) -> Arrival:
+    def pull(
+        self, destinations: Sequence[Destination], version: int, array: str | None = None, max_staleness: int = 0
+    ) -> Arrival:
         """Asks for parameters at one version, in the order given: one request to each server and dtype.
 
         array: optimizer state by its name; None for what stands for their weights.
+        max_staleness: of weights, how many versions older each chunk may be.
         """
         futures = []
         nbytes = 0
@@ -143,6 +146,7 @@ class Transfer:
                         staged=group[0].remote.staged,
                         array=self.weights if array is None else array,
                         runs=runs if any(destination.parts is not None for destination in group) else None,
+                        max_staleness=max_staleness,
                     )
                     futures.append(link.pull(pull))
         with self._lock:

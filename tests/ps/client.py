@@ -145,11 +145,13 @@ class Client:
         self.manifest = response.manifest
         return response
 
-    def set_optimizer(self, name: str = "SGD", parameters: Sequence[int] | None = None, **options) -> None:
+    def set_optimizer(
+        self, name: str = "SGD", parameters: Sequence[int] | None = None, max_staleness: int = 0, **options
+    ) -> None:
         """One group of all parameters, with torch's defaults for what is not said."""
         parameters = range(len(self.manifest.parameters)) if parameters is None else parameters
         group = pb.OptimizerGroup(options=encode_options(options), parameters=parameters)
-        self.call("SetOptimizer", class_name=name, groups=[group])
+        self.call("SetOptimizer", class_name=name, groups=[group], max_staleness=max_staleness)
         self.group = group
 
     def chunks(self, parameter: int) -> list[pb.ChunkRef]:
@@ -217,6 +219,7 @@ class Client:
         chunks: Sequence[pb.ChunkRef] | None = None,
         staged: bool = False,
         parts: Sequence[pb.Runs] = (),
+        max_staleness: int = 0,
     ) -> int:
         request_id = next(self._ids)
         if chunks is None:
@@ -231,6 +234,7 @@ class Client:
                 timeout_seconds=timeout,
                 staged=staged,
                 parts=parts,
+                max_staleness=max_staleness,
             )
         )
         return request_id

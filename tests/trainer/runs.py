@@ -166,3 +166,21 @@ def clipped_adamw(
             if connection.step in commits:
                 connection.commit()
         return {"started_at": started_at, "losses": losses, "params": gathered_values(model)}
+
+
+def delayed_steps(addresses: list[str], job: str, steps: int, staleness: int) -> dict[str, Any]:
+    """Trains with `max_staleness` on this rank's share of each batch."""
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    with trainer.connect(addresses, job=job, timeout=60) as connection:
+        config = trainer.OffloadConfig(max_staleness=staleness, param_persistence_threshold=50)
+        model = trainer.offload(seeded(Residual), connection, config)
+        optimizer = adamw(model.parameters())
+        losses = []
+        for step in range(steps):
+            loss = loss_of(model, batch(step).chunk(world_size)[rank])
+            loss.backward()
+            trainer.clip_grad_norm_(model.parameters(), 1e9)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        return {"losses": losses, "params": gathered_values(model)}

@@ -37,6 +37,7 @@ class Pull:
     timeout: seconds that the server may wait for the version.
     array: which tensor of the chunks: empty for the weight, or optimizer state by its name.
     runs: for each chunk the elements that are wanted, ascending and apart; None for whole chunks.
+    max_staleness: how many versions older each chunk may be.
     """
 
     version: int
@@ -47,6 +48,7 @@ class Pull:
     staged: bool = False
     array: str = ""
     runs: Sequence[Sequence[Run]] | None = None
+    max_staleness: int = 0
 
 
 @dataclass(frozen=True)

@@ -213,6 +213,7 @@ class _PullStream(_Stream[pb.PullRequest, frames.Data | pb.PullResponse]):
                     array=pull.array,
                     timeout_seconds=pull.timeout,
                     parts=_parts(pull.runs),
+                    max_staleness=pull.max_staleness,
                 )
             )
         return pending.future
