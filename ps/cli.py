@@ -12,9 +12,9 @@ from pathlib import Path
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 from protos.links import KINDS, parse_kinds
-from ps.arguments import ArgumentParser, size
+from ps.arguments import ArgumentParser, path, size
 from ps.options import COMPRESSIBLE, MAX_INFLIGHT_BYTES, MAX_JOBS, MAX_SESSIONS
-from ps.tools import export, import_, reshard, verify
+from ps.tools import certs, export, import_, reshard, verify
 
 _DESCRIPTION = "ZeRO-3 parameter offload: parameter servers keep the model, trainers compute with it."
 
@@ -40,9 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             return untag(options.folders, options.job, options.tag)
         case "status":
-            from ps.status import print_status
-
-            return print_status(options.addresses, options.timeout)
+            return _status(options)
     run: Callable[[argparse.Namespace], int] = options.run
     return run(options)
 
@@ -152,6 +150,17 @@ def _parser() -> argparse.ArgumentParser:
         help="how much one trainer may push at once: at least its largest parameter. Without --memory it is kept in "
         "memory until it has arrived whole (default: 4GiB)",
     )
+    add = serve.add_argument_group("security (docs/security.md)").add_argument
+    add("--tls-cert", type=path, metavar="FILE", help="this server's certificate, PEM: speak TLS and nothing else")
+    add("--tls-key", type=path, metavar="FILE", help="its key")
+    add("--tls-ca", type=path, metavar="FILE", help="let in clients with a certificate of this CA only (mutual TLS)")
+    add("--tokens", type=path, metavar="FILE", help="let in clients with a token only; a line 'TOKEN RIGHT JOBS' each")
+    add(
+        "--insecure",
+        action="store_true",
+        help="listen where others reach it, though there is no TLS, or nothing to tell who comes",
+    )
+    add("--plaintext-links", action="store_true", help="allow links beside TLS whose bytes are not encrypted")
     serve.add_argument("--eviction", choices=("plan", "lru"), default="plan", help=argparse.SUPPRESS)
     serve.add_argument("--late-updates", action="store_true", help=argparse.SUPPRESS)
     serve.add_argument("--stop-on-stdin-eof", action="store_true", help=argparse.SUPPRESS)
@@ -161,6 +170,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     status.add_argument("addresses", nargs="+", metavar="ADDRESS", help="HOST:PORT, several also joined by commas")
     status.add_argument("--timeout", type=_seconds, default=5.0, metavar="SECONDS", help="(default: %(default)s)")
+
+    add = status.add_argument_group("security (docs/security.md)").add_argument
+    add("--tls-ca", metavar="FILE", help="the servers' authority, for TLS; else ZERO_PS_TLS_CA")
+    add("--tls-cert", metavar="FILE", help="a certificate of one's own; else ZERO_PS_TLS_CERT")
+    add("--tls-key", metavar="FILE", help="its key; else ZERO_PS_TLS_KEY")
+    add("--token-file", metavar="FILE", help="has the token; else ZERO_PS_TOKEN_FILE")
+    add("--insecure", action="store_true", help="send the token also without TLS to other machines")
 
     untag = commands.add_parser(
         "untag",
@@ -172,7 +188,7 @@ def _parser() -> argparse.ArgumentParser:
     untag.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="every --data-dir of every server")
     untag.add_argument("--job", default="default", metavar="NAME", help="(default: %(default)s)")
 
-    for tool in (verify, reshard, export, import_):
+    for tool in (verify, reshard, export, import_, certs):
         tool.add_parser(commands)
 
     # Here only for the list of commands; `main` has taken them before.
@@ -181,9 +197,29 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _status(options: argparse.Namespace) -> int:
+    from protos.credentials import Credentials
+    from ps.status import print_status
+
+    try:
+        credentials = Credentials.from_environment(
+            ca=options.tls_ca,
+            cert=options.tls_cert,
+            key=options.tls_key,
+            token_file=options.token_file,
+            insecure=options.insecure,
+        )
+    except ValueError as error:
+        print(f"zero-ps status: {error}", file=sys.stderr)
+        return 2
+    return print_status(options.addresses, credentials, options.timeout)
+
+
 def _serve(options: argparse.Namespace) -> int:
+    from ps.errors import StartError
     from ps.options import ServerOptions
-    from ps.server import ServeOptions, StartError, serve
+    from ps.security import SecurityOptions
+    from ps.server import ServeOptions, serve
     from ps.store import StoreError
 
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
@@ -211,6 +247,14 @@ def _serve(options: argparse.Namespace) -> int:
                 options.memory,
                 options.threads,
                 options.stop_on_stdin_eof,
+                SecurityOptions(
+                    options.tls_cert,
+                    options.tls_key,
+                    options.tls_ca,
+                    options.tokens,
+                    options.insecure,
+                    options.plaintext_links,
+                ),
             )
         )
     except (StartError, StoreError) as error:

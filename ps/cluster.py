@@ -31,6 +31,8 @@ class LocalCluster:
     compress: of commits, by kind of array, as in "weight=zstd,state=zstd"; None for nothing.
     eviction: what leaves memory first where it is limited, "plan" (the default) or, to compare, "lru".
     links: kinds of link that trainers may use; None for all.
+    tls: a folder as `zero-ps certs` makes it; servers then speak TLS and ask clients for a certificate.
+    tokens: a file of tokens and rights. plaintext_links: allows links beside TLS whose bytes are not encrypted.
     flags: further ones of `zero-ps serve`.
 
     Raises RuntimeError, with what the server said, if one does not start.
@@ -48,6 +50,9 @@ class LocalCluster:
         eviction: str | None = None,
         compress: str | None = None,
         links: Sequence[str] | None = None,
+        tls: str | os.PathLike[str] | None = None,
+        tokens: str | os.PathLike[str] | None = None,
+        plaintext_links: bool = False,
         flags: Sequence[str] = (),
     ) -> None:
         if servers < 1:
@@ -67,6 +72,11 @@ class LocalCluster:
             *_option("--eviction", eviction),
             *_option("--compress", compress),
             *_option("--links", None if links is None else ",".join(links)),
+            *_option("--tls-cert", tls and Path(tls, "server.crt")),
+            *_option("--tls-key", tls and Path(tls, "server.key")),
+            *_option("--tls-ca", tls and Path(tls, "ca.crt")),
+            *_option("--tokens", tokens),
+            *(["--plaintext-links"] if plaintext_links else []),
             *flags,
         ]
         self._logs = tempfile.TemporaryDirectory(prefix="zero-ps-logs-")

@@ -3,6 +3,10 @@
 from typing import ClassVar
 
 
+class StartError(Exception):
+    """The server cannot start; the message is for the person who started it."""
+
+
 class ServerError(Exception):
     """Base of every error that is answered to a trainer; the message says what to do about it."""
 
@@ -31,6 +35,18 @@ class NotFound(ServerError):
     """A session or generation that this server does not have (it may have been restarted)."""
 
     code = "NOT_FOUND"
+
+
+class Unauthenticated(ServerError):
+    """The caller did not say who it is, or nobody knows it."""
+
+    code = "UNAUTHENTICATED"
+
+
+class AccessDenied(ServerError):
+    """The caller has not the right that a call takes."""
+
+    code = "PERMISSION_DENIED"
 
 
 class RankLost(ServerError):

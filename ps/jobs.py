@@ -79,6 +79,12 @@ class Jobs:
         found[1].touch()
         return found
 
+    def peek(self, session_id: str) -> Session | None:
+        """The session of this id, living or not, and its lease as it was."""
+        with self._lock:
+            found = self._sessions.get(session_id)
+        return None if found is None else found[1]
+
     def loaded(self) -> list[Job]:
         with self._lock:
             return sorted(self._jobs.values(), key=lambda job: job.name)

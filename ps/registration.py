@@ -6,6 +6,7 @@ import grpc
 from google.protobuf.message_factory import GetMessageClass
 
 from protos import MAX_MESSAGE_BYTES, frames, zero_ps_pb2
+from ps.guard import Guard
 from ps.service import ParameterServer
 from ps.unreadable import reader
 
@@ -18,11 +19,16 @@ A message may take many times its own size once it is read, so that small ones a
 _SERVICE = zero_ps_pb2.DESCRIPTOR.services_by_name["ParameterServer"]
 
 
-def add_service(service: ParameterServer, server: grpc.Server) -> None:
-    """As the generated `add_ParameterServerServicer_to_server`, which knows no other codecs."""
+def add_service(service: ParameterServer, server: grpc.Server, guard: Guard | None) -> None:
+    """As the generated `add_ParameterServerServicer_to_server`, which knows no other codecs.
+
+    guard: asked before each call; None where everybody may do everything.
+    """
     handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
     for method in _SERVICE.methods:
         behaviour, request = getattr(service, method.name), GetMessageClass(method.input_type)
+        if guard is not None:
+            behaviour = (guard.stream if method.client_streaming else guard.unary)(method.name, behaviour)
         if method.client_streaming:
             decode = reader(
                 method.name, frames.decode_push if method.name == "Push" else request.FromString, _MAX_BYTES

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import grpc
@@ -20,12 +20,15 @@ from grpc_reflection.v1alpha import reflection
 
 from protos import MAX_MESSAGE_BYTES, zero_ps_pb2
 from ps.address import split_address
+from ps.errors import StartError
+from ps.guard import Gate, Guard
 from ps.jobs import Jobs
 from ps.links import Links
 from ps.optimizer import warm_up
 from ps.options import ServerOptions
 from ps.process import return_freed_blocks, share_heaps
 from ps.registration import add_service
+from ps.security import PLAIN_LINKS_REASON, Security, SecurityOptions
 from ps.service import ParameterServer
 from ps.store import DataDir
 from ps.tier import Tier, policy_named
@@ -42,10 +45,6 @@ _GRACE_SECONDS = 5.0
 _log = logging.getLogger(__name__)
 
 
-class StartError(Exception):
-    """The server cannot start; the message is for the person who started it."""
-
-
 @dataclass(frozen=True)
 class ServeOptions:
     """What `zero-ps serve` was told. memory_bytes: None for no limit. threads: None for half the cores."""
@@ -56,23 +55,32 @@ class ServeOptions:
     memory_bytes: int | None = None
     threads: int | None = None
     stop_on_stdin_eof: bool = False
+    security: SecurityOptions = field(default_factory=SecurityOptions)
 
 
 class Server:
-    """The gRPC server of one shard."""
+    """The gRPC server of one shard.
 
-    def __init__(self, options: ServeOptions, data_dir: DataDir) -> None:
+    security: what `options.security` comes to; None to find out here. Raises StartError.
+    """
+
+    def __init__(self, options: ServeOptions, data_dir: DataDir, security: Security | None = None) -> None:
+        security = security or Security(options.security, options.listen, options.server.links)
         torch.set_num_threads(options.threads or max(1, len(os.sched_getaffinity(0)) // 2))
         if options.memory_bytes is not None:
             return_freed_blocks(_RETURNED_BYTES)
             share_heaps(_HEAPS)
         self._jobs = Jobs(options.server, data_dir, Tier(options.memory_bytes, policy_named(options.server.eviction)))
-        self._links = Links(options.server.links, options.server.advertise)
+        self._links = Links(
+            options.server.links, options.server.advertise, dict.fromkeys(security.kept_in_tls, PLAIN_LINKS_REASON)
+        )
+        self._security = security
         self._service = ParameterServer(self._jobs, self._links)
         self._grpc = grpc.server(
             # A stream or a wait occupies a thread. They are started on demand.
             ThreadPoolExecutor(self._jobs.places.threads, thread_name_prefix="grpc"),
             maximum_concurrent_rpcs=self._jobs.places.threads,
+            interceptors=[] if security.access is None else [Gate(security.access)],
             options=[
                 # Without this a second server on the same port would silently share it.
                 ("grpc.so_reuseport", 0),
@@ -86,7 +94,8 @@ class Server:
                 ("grpc.keepalive_permit_without_calls", 1),
             ],
         )
-        add_service(self._service, self._grpc)
+        guard = None if security.access is None else Guard(security.access, self._jobs.peek)
+        add_service(self._service, self._grpc, guard)
         self._health = health.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
         name = zero_ps_pb2.DESCRIPTOR.services_by_name["ParameterServer"].full_name
@@ -98,7 +107,7 @@ class Server:
     def _listen(self, address: str) -> str:
         host, port = split_address(address)
         try:
-            bound = self._grpc.add_insecure_port(f"{host}:{port}")
+            bound = self._security.add_port(self._grpc, f"{host}:{port}")
         except RuntimeError:
             bound = 0
         if bound == 0:
@@ -126,8 +135,14 @@ def serve(options: ServeOptions) -> None:
 
     Raises StartError or a StoreError if it cannot start. On readiness one line of JSON goes to stdout.
     """
+    # Whatever is written from here on is the owner's alone, also in a folder that others may open.
+    os.umask(0o077)
+    security = Security(options.security, options.listen, options.server.links)
     data_dir = DataDir(options.data_dirs, options.server.index, options.server.num_shards)
-    server = Server(options, data_dir)
+    for path in data_dir.paths:
+        if path.stat().st_mode & 0o077:
+            _log.warning("%s can be opened by others than its owner, and what is in there cannot: chmod 700 it", path)
+    server = Server(options, data_dir, security)
     stopping = threading.Event()
 
     def on_signal(number: int, frame: object) -> None:
@@ -137,6 +152,7 @@ def serve(options: ServeOptions) -> None:
 
     signal.signal(signal.SIGTERM, on_signal)
     signal.signal(signal.SIGINT, on_signal)
+    signal.signal(signal.SIGHUP, lambda number, frame: security.reload())
     if options.stop_on_stdin_eof:
         threading.Thread(target=_watch_parent, args=(stopping,), name="parent", daemon=True).start()
     server.start()
@@ -144,7 +160,9 @@ def serve(options: ServeOptions) -> None:
     ready = {"listening": server.address, "shard": shard, "num_shards": num_shards, "pid": os.getpid()}
     print(json.dumps(ready), flush=True)
     places = ", ".join(map(str, data_dir.paths))
-    _log.info("shard %d/%d listens on %s, data in %s", shard, num_shards, server.address, places)
+    _log.info(
+        "shard %d/%d listens on %s (%s), data in %s", shard, num_shards, server.address, security.describe(), places
+    )
     threading.Thread(target=warm_up, name="warm-up", daemon=True).start()
     stopping.wait()
     _log.info("shard %d/%d stops", shard, num_shards)

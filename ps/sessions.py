@@ -25,6 +25,8 @@ class Session:
     read_only: bool
     lease_seconds: float
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    owner: bytes = b""
+    """Of a server with tokens: who opened it, and is the only one that may use it."""
     opened_at: float = field(default_factory=time.monotonic)
     last_seen: float = field(default_factory=time.monotonic)
     # Time in which nobody could be heard, as the server itself was stopped or starved.

@@ -8,6 +8,8 @@ import grpc
 
 from protos import zero_ps_pb2 as pb
 from protos import zero_ps_pb2_grpc
+from protos.credentials import Credentials
+from protos.handshake import why_refused
 from protos.sizes import format_bytes
 from ps.address import split_address
 
@@ -26,7 +28,7 @@ _HEADINGS = (
 )
 
 
-def print_status(addresses: Sequence[str], timeout_seconds: float) -> int:
+def print_status(addresses: Sequence[str], credentials: Credentials, timeout_seconds: float) -> int:
     """Prints a line for each job of each server. Returns 1 if a server does not answer, else 0.
 
     addresses: "host:port", several of them also joined by commas. One that is none: 2, and no server is asked.
@@ -35,21 +37,27 @@ def print_status(addresses: Sequence[str], timeout_seconds: float) -> int:
     failed = False
     servers = [part.strip() for text in addresses for part in text.split(",")]
     try:
+        calls = {}
         for address in servers:
             split_address(address)
+            calls[address] = credentials.metadata(address)
     except ValueError as error:
         print(f"zero-ps status: {error}", file=sys.stderr)
         return 2
     for address in servers:
         try:
-            with grpc.insecure_channel(address) as channel:
+            with credentials.open_channel(address) as channel:
                 stub = zero_ps_pb2_grpc.ParameterServerStub(channel)
-                rows += _rows(address, stub.Status(pb.StatusRequest(), timeout=timeout_seconds))
+                status = stub.Status(pb.StatusRequest(), timeout=timeout_seconds, metadata=calls[address])
+                rows += _rows(address, status)
         except grpc.RpcError as error:
             failed = True
             # Errors of calls are calls too, which the types do not say.
             code = getattr(error, "code", lambda: grpc.StatusCode.UNKNOWN)()
-            details = " ".join((getattr(error, "details", lambda: None)() or "").split())
+            details = getattr(error, "details", lambda: None)() or ""
+            if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+                details = why_refused(address, credentials, timeout_seconds) or details
+            details = " ".join(details.split())
             rows.append((address, f"no answer ({code.name}{details and ': ' + details})"))
     for row in _aligned([_HEADINGS, *rows]):
         print(row)

@@ -9,12 +9,14 @@
 The model stays a plain `nn.Module` and the training loop stays the user's.
 """
 
+from protos.credentials import Credentials
 from trainer.clipping import clip_grad_norm_, clip_grad_value_
 from trainer.commit import Commit
 from trainer.config import OffloadConfig
 from trainer.connect import connect
 from trainer.ema import ema_weights
 from trainer.errors import (
+    AccessDenied,
     ConfigError,
     ConnectError,
     DeadlineExceeded,
@@ -37,9 +39,11 @@ from trainer.optimizer import RemoteOptimizer
 from trainer.report import Report, record_timeline, report
 
 __all__ = [
+    "AccessDenied",
     "Commit",
     "ConfigError",
     "ConnectError",
+    "Credentials",
     "DeadlineExceeded",
     "Job",
     "JobMismatch",

@@ -8,6 +8,7 @@ from typing import Any
 
 from protos import names
 from protos import zero_ps_pb2 as pb
+from protos.credentials import Credentials
 from protos.links import KINDS, parse_kinds
 from trainer.errors import ConfigError, ConnectError
 from trainer.job import Job, new_id
@@ -24,6 +25,7 @@ def connect(
     world_size: int | None = None,
     links: Sequence[str] | None = None,
     read_only: bool = False,
+    credentials: Credentials | None = None,
     connect_timeout: float = 20.0,
     timeout: float = 600.0,
 ) -> Job:
@@ -38,11 +40,13 @@ def connect(
     links: the kinds of link that may be used; None allows all. Each server gets the best one that both sides can
         use; `Job.links` and `trainer.report` say which, and why no better one.
     read_only: only pull; takes part in no step.
+    credentials: for servers with TLS or tokens; None takes them from the environment (`Credentials.from_environment`).
     connect_timeout: seconds for the servers to answer and for all ranks to arrive.
     timeout: seconds that any later wait on a server or another trainer may take.
 
     Raises ConfigError for arguments that cannot work, ConnectError when servers cannot be reached, do
-    not belong together or have no common state, RequestRefused when they do not accept this trainer.
+    not belong together or have no common state, RequestRefused when they do not accept this trainer, AccessDenied
+    when that is for its token's sake.
     """
     rank, world_size = _group(rank, world_size)
     for name, seconds in (("connect_timeout", connect_timeout), ("timeout", timeout)):
@@ -56,7 +60,11 @@ def connect(
         kinds = KINDS if links is None else parse_kinds([links] if isinstance(links, str) else links)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"links={links!r}: {error}") from None
-    found = find_servers(servers, connect_timeout)
+    try:
+        credentials = Credentials.from_environment() if credentials is None else credentials
+    except ValueError as error:
+        raise ConfigError(f"credentials from the environment: {error}") from None
+    found = find_servers(servers, credentials, connect_timeout)
     session = None
     candidates: list[Candidates] = []
     shared = Shared()

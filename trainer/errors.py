@@ -21,6 +21,10 @@ class RequestRefused(ZeroPsError):
     """A server answered that a request is not valid in its present state; it says why."""
 
 
+class AccessDenied(RequestRefused):
+    """A server does not know this trainer's token, or the token has not the right that was needed."""
+
+
 class ServerFull(RequestRefused):
     """A server has not the memory, or not the places for jobs, sessions and calls, that a request takes."""
 

@@ -3,6 +3,7 @@
 import grpc
 
 from trainer.errors import (
+    AccessDenied,
     ConfigError,
     ConnectError,
     DeadlineExceeded,
@@ -45,6 +46,8 @@ def from_stream_error(address: str, code: grpc.StatusCode | int, message: str) -
             return ServerFull(text)
         case grpc.StatusCode.DATA_LOSS | grpc.StatusCode.INTERNAL | grpc.StatusCode.UNKNOWN:
             return ServerFailure(text)
+        case grpc.StatusCode.UNAUTHENTICATED | grpc.StatusCode.PERMISSION_DENIED:
+            return AccessDenied(text)
         case grpc.StatusCode.UNIMPLEMENTED:
             return ConnectError(f"{text}; is it a zero-ps server of this version?")
     return RequestRefused(text)

@@ -10,6 +10,8 @@ import grpc
 from protos import MAX_MESSAGE_BYTES, PROTOCOL_VERSION, SESSION_METADATA
 from protos import zero_ps_pb2 as pb
 from protos import zero_ps_pb2_grpc as pb_grpc
+from protos.credentials import Credentials
+from protos.handshake import why_refused
 from trainer.errors import ConfigError, ConnectError
 from trainer.rpc import from_rpc_error
 
@@ -23,22 +25,44 @@ _OPTIONS = [
 
 _SERVICE = pb.DESCRIPTOR.services_by_name["ParameterServer"].full_name
 
+_DIAGNOSE_AFTER_SECONDS = 1.0
+_DIAGNOSIS_SECONDS = 3.0
+"""When a server that cannot be connected to is asked why, and for how long."""
+
 
 class Server:
-    """A connection to the parameter server at `address` ("host:port")."""
+    """A connection to the parameter server at `address` ("host:port").
 
-    def __init__(self, address: str) -> None:
+    Raises ConfigError for credentials that cannot be used with it.
+    """
+
+    def __init__(self, address: str, credentials: Credentials) -> None:
         self.address = address
+        self._credentials = credentials
         self.session_id = ""
         # What the server said of the kinds of link that it allows.
         self.links: Sequence[pb.ServerLink] = ()
-        self._channel = grpc.insecure_channel(address, options=_OPTIONS)
+        try:
+            self._metadata = credentials.metadata(address)
+            self._channel = credentials.open_channel(address, _OPTIONS)
+        except ValueError as error:
+            raise ConfigError(f"credentials for server {address}: {error}") from None
         self.stub = pb_grpc.ParameterServerStub(self._channel)
 
     def wait_ready(self, timeout: float) -> None:
-        """Returns when the server answers; ConnectError, naming the address, after `timeout` seconds."""
+        """Returns when the server answers; ConnectError, naming the address, after `timeout` seconds.
+
+        At once where it answers and the two do not agree about TLS: waiting does not help there.
+        """
+        ready = grpc.channel_ready_future(self._channel)
         try:
-            grpc.channel_ready_future(self._channel).result(timeout=timeout)
+            end = time.monotonic() + timeout
+            while not _done_within(ready, min(_DIAGNOSE_AFTER_SECONDS, end - time.monotonic())):
+                left = max(0.5, end - time.monotonic())
+                if why := why_refused(self.address, self._credentials, min(_DIAGNOSIS_SECONDS, left)):
+                    raise ConnectError(f"server {self.address}: {why}")
+                if time.monotonic() >= end:
+                    raise grpc.FutureTimeoutError
         except grpc.FutureTimeoutError:
             host, _, port = self.address.rpartition(":")
             try:
@@ -66,12 +90,12 @@ class Server:
         self, method: str, requests: Iterator[Any], encode: Callable[[Any], bytes], decode: Callable[[bytes], Any]
     ) -> Any:
         """A bidirectional stream; its responses are an iterator that can be cancelled."""
-        metadata = ((SESSION_METADATA, self.session_id),)
+        metadata = (*self._metadata, (SESSION_METADATA, self.session_id))
         return self._channel.stream_stream(f"/{_SERVICE}/{method}", encode, decode)(requests, metadata=metadata)
 
     def start(self, method: str, request: object, timeout: float) -> "grpc.Future[Any]":
         """Sends a unary call and returns its future."""
-        call: grpc.Future[Any] = getattr(self.stub, method).future(request, timeout=timeout)
+        call: grpc.Future[Any] = getattr(self.stub, method).future(request, timeout=timeout, metadata=self._metadata)
         return call
 
     def call(self, method: str, request: object, timeout: float) -> Any:
@@ -86,6 +110,14 @@ class Server:
 
     def close(self) -> None:
         self._channel.close()
+
+
+def _done_within(ready: "grpc.Future[Any]", seconds: float) -> bool:
+    try:
+        ready.result(timeout=max(0.0, seconds))
+    except grpc.FutureTimeoutError:
+        return False
+    return True
 
 
 def call_all(servers: Sequence[Server], method: str, request: Callable[[Server], object], timeout: float) -> list[Any]:
@@ -111,7 +143,7 @@ def finish_all(servers: Sequence[Server], calls: Sequence["grpc.Future[Any]"]) -
     return responses
 
 
-def find_servers(addresses: str | Sequence[str], timeout: float) -> list[Server]:
+def find_servers(addresses: str | Sequence[str], credentials: Credentials, timeout: float) -> list[Server]:
     """Connects to a complete set of servers and returns them by shard.
 
     Raises ConfigError for addresses that are no addresses, and ConnectError when one does not answer
@@ -119,8 +151,9 @@ def find_servers(addresses: str | Sequence[str], timeout: float) -> list[Server]
     """
     parsed = parse_addresses(addresses)
     deadline = time.monotonic() + timeout
-    servers = [Server(address) for address in parsed]
+    servers: list[Server] = []
     try:
+        servers += (Server(address, credentials) for address in parsed)
         statuses = []
         for server in servers:
             server.wait_ready(max(deadline - time.monotonic(), 0.1))

@@ -1,7 +1,8 @@
 """Which link a session gets: the best one that both sides can use, and why no better one."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from protos import zero_ps_pb2 as pb
 from protos.links import KINDS
@@ -24,13 +25,22 @@ class Links:
     """The kinds of link that this server allows.
 
     advertise: the address at which trainers reach this server; None for the one that each of them uses.
+    ruled_out: why, by kind, what would be allowed is not.
     """
 
-    def __init__(self, allowed: Sequence[str] = KINDS, advertise: str | None = None) -> None:
+    def __init__(
+        self,
+        allowed: Sequence[str] = KINDS,
+        advertise: str | None = None,
+        ruled_out: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         # The best first.
         self._kinds: dict[str, LinkKind] = {}
         self._unavailable: dict[str, str] = {}
         for kind in KINDS:
+            if kind in ruled_out:
+                self._unavailable[kind] = ruled_out[kind]
+                continue
             if kind not in allowed:
                 self._unavailable[kind] = "the server does not allow it (zero-ps serve --links)"
                 continue

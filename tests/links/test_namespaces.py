@@ -100,7 +100,7 @@ def server(hosts: Hosts, tmp_path_factory: pytest.TempPathFactory) -> Iterator[N
     process = hosts.run(
         hosts.server,
         *(sys.executable, "-m", "ps", "serve", "--shard", "0/1", "--data-dir", str(folder)),
-        *("--listen", f"[::]:{PORT}", "--stop-on-stdin-eof", "--lease", "3"),
+        *("--listen", f"[::]:{PORT}", "--insecure", "--stop-on-stdin-eof", "--lease", "3"),
     )
     yield
     process.communicate(timeout=30)

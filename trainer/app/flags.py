@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
+import trainer
 from protos.sizes import parse_bytes
 from trainer.app.gpt import GPTConfig
 
@@ -29,6 +30,7 @@ class Settings:
     seed: int
     commit_every: int
     connect_timeout: float
+    credentials: trainer.Credentials
     max_live_bytes: int | None
     timeline: Path | None
     step_log: Path | None
@@ -42,6 +44,13 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
     try:
         model = GPTConfig(
             layers=flags.layers, width=flags.width, heads=flags.heads, context=flags.context, tied=flags.tied
+        )
+        credentials = trainer.Credentials.from_environment(
+            ca=flags.tls_ca,
+            cert=flags.tls_cert,
+            key=flags.tls_key,
+            token_file=flags.token_file,
+            insecure=flags.insecure,
         )
     except ValueError as error:
         parser.error(str(error))
@@ -63,6 +72,7 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
         seed=flags.seed,
         commit_every=flags.commit_every,
         connect_timeout=flags.connect_timeout,
+        credentials=credentials,
         max_live_bytes=flags.max_live_bytes,
         timeline=flags.timeline,
         step_log=flags.step_log,
@@ -98,6 +108,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--job", default="gpt", help="the job's name on the servers")
     add("--commit-every", type=_count, default=50, metavar="STEPS", help="0: only at the end")
     add("--connect-timeout", type=_positive, default=20.0, metavar="SECONDS", help="for servers and trainers")
+
+    add = parser.add_argument_group("security").add_argument
+    add("--tls-ca", metavar="FILE", help="the servers' authority, for TLS; else ZERO_PS_TLS_CA")
+    add("--tls-cert", metavar="FILE", help="a certificate of one's own; else ZERO_PS_TLS_CERT")
+    add("--tls-key", metavar="FILE", help="its key; else ZERO_PS_TLS_KEY")
+    add("--token-file", metavar="FILE", help="has the token; else ZERO_PS_TOKEN_FILE")
+    add("--insecure", action="store_true", help="send the token also without TLS to other machines")
 
     add = parser.add_argument_group("model").add_argument
     add("--layers", type=_at_least_one, default=4, help="transformer blocks")

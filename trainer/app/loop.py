@@ -38,7 +38,12 @@ def train(settings: Settings) -> int:
     corpus = data.Corpus.read(data.find_files(settings.data) if settings.data else data.standard_library())
     corpus.check(settings.model.context)
 
-    with trainer.connect(settings.servers, job=settings.job, connect_timeout=settings.connect_timeout) as job:
+    with trainer.connect(
+        settings.servers,
+        job=settings.job,
+        credentials=settings.credentials,
+        connect_timeout=settings.connect_timeout,
+    ) as job:
         torch.manual_seed(settings.seed)
         with job.init():
             model = GPT(settings.model)

@@ -1,0 +1,146 @@
+"""The tokens file: what it may say, and what becomes of a new one."""
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import trainer
+from protos import zero_ps_pb2 as pb
+from ps.tokens import Right, Tokens, parse_tokens
+from ps.watched import Watched
+from tests.security.tokens import TOKENS
+
+GOOD, OTHER = "0123456789abcdef", "fedcba9876543210"
+
+
+def test_lines_of_one_token_add_up() -> None:
+    tokens = parse_tokens(f"{GOOD} train gpt-*  # a remark\n\n# another\n{OTHER} admin *\n{GOOD}\tread\t*\n")
+    rules = tokens.find(GOOD)
+    assert len(tokens) == 2 and rules is not None
+    assert rules.allows(Right.TRAIN, "gpt-1") and rules.allows(Right.READ, "bert")
+    assert not rules.allows(Right.TRAIN, "bert") and not rules.allows(Right.ADMIN, "gpt-1")
+    assert rules.allows_all(Right.READ) and not rules.allows_all(Right.TRAIN) and rules.allows_some(Right.TRAIN)
+    assert tokens.find(GOOD[:-1]) is None and tokens.find("") is None and tokens.find(f"{GOOD}\udcff") is None
+
+
+@pytest.mark.parametrize(
+    ("pattern", "job", "expected"),
+    [
+        ("a", "a", True),
+        ("a", "A", False),
+        ("a", "ab", False),
+        ("a", "ba", False),
+        ("a*", "a", True),
+        ("*", "", True),
+        ("a?", "ab", True),
+        ("a?", "a", False),
+        ("[ab]c", "bc", True),
+        ("[!ab]c", "bc", False),
+        ("a.c", "abc", False),
+        ("a", "a\n", False),
+        ("[a", "[a", True),
+    ],
+)
+def test_patterns_are_those_of_file_names(pattern: str, job: str, expected: bool) -> None:
+    rules = parse_tokens(f"{GOOD} read {pattern}").find(GOOD)
+    assert rules is not None and rules.allows(Right.READ, job) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "it has no rule"),
+        ("# nothing\n\n", "it has no rule"),
+        (f"{GOOD} read *\n{OTHER} read\n", "line 2 has 2 fields"),
+        (f"{GOOD} read * *\n", "line 1 has 4 fields"),
+        (f"\n\nshort read *\n{GOOD} read *", "line 3: the token has to have 16"),
+        (f"{GOOD}:{OTHER} read *", "line 1: the token has to have 16"),
+        (f"{GOOD} write *", "line 1: the right is none of read, train, admin"),
+        (f"{GOOD} READ *", "line 1: the right is none of"),
+        (f"read {GOOD} *", "line 1: the token"),
+        (f"{GOOD} read ../*", "line 1: no job has a name that matches"),
+        (f"{GOOD} read ä", "line 1: no job has a name that matches"),
+    ],
+)
+def test_a_line_that_is_no_rule_is_named_and_not_shown(text: str, message: str) -> None:
+    with pytest.raises(ValueError) as error:
+        parse_tokens(text)
+    assert message in str(error.value)
+    assert GOOD not in str(error.value) and OTHER not in str(error.value)
+
+
+def test_tokens_are_in_no_representation() -> None:
+    tokens = parse_tokens(f"{GOOD} read *")
+    assert GOOD not in repr(tokens) + repr(tokens.find(GOOD)) + repr(vars(tokens))
+
+
+def test_a_file_that_has_changed_is_read_again_and_a_broken_one_is_not(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "tokens"
+    path.write_text(f"{GOOD} read *\n")
+    tokens: Watched[Tokens] = Watched([path], lambda: parse_tokens(path.read_text()))
+
+    def wait(known: str) -> None:
+        until(lambda: tokens.value.find(known) is not None)
+
+    replace(path, f"{OTHER} read *\n")
+    wait(OTHER)
+    assert tokens.value.find(GOOD) is None
+    replace(path, "nonsense\n")
+    until(lambda: tokens.value is not None and "what was read before stays in force" in caplog.text)
+    assert "line 1 has 1 fields" in caplog.text and "nonsense" not in caplog.text
+    wait(OTHER)
+    path.unlink()
+    tokens.reload()
+    assert tokens.value.find(OTHER) is not None
+    path.write_text(f"{GOOD} read *\n")
+    wait(GOOD)
+
+
+def test_a_server_takes_new_tokens_and_forgets_old_ones(start, tmp_path: Path) -> None:
+    """At once after SIGHUP; without a session being interrupted whose token stays."""
+    path = tmp_path / "tokens"
+    path.write_text(f"{GOOD} train *\n{OTHER} train *\n")
+    server = start("--tokens", path)
+    stays = trainer.connect(server.address, job="stays", credentials=trainer.Credentials(token=GOOD))
+    goes = trainer.connect(server.address, job="goes", credentials=trainer.Credentials(token=OTHER))
+    path.write_text(f"{GOOD} train *\n")
+    server.process.send_signal(signal.SIGHUP)
+    server.log_with("again")
+    with pytest.raises(trainer.AccessDenied, match="does not know th"):
+        barrier(goes)
+    barrier(stays)
+    path.write_text("\n")
+    os.kill(server.process.pid, signal.SIGHUP)
+    assert "stays in force" in server.log_with("stays in force")
+    barrier(stays)
+    stays.close()
+    goes.close()
+
+
+def barrier(job: trainer.Job) -> None:
+    (server,) = job.servers
+    request = pb.BarrierRequest(session_id=server.session_id, tag="x", timeout_seconds=5)
+    server.call("Barrier", request, 10)
+
+
+def replace(path: Path, text: str) -> None:
+    beside = path.with_suffix(".new")
+    beside.write_text(text)
+    os.replace(beside, path)
+
+
+def until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end, "it did not come to pass"
+        time.sleep(0.05)
+
+
+def test_these_tests_have_tokens_that_a_file_takes() -> None:
+    assert len(parse_tokens("".join(f"{token} {rule}\n" for token, rule in TOKENS.values()))) == len(TOKENS)
