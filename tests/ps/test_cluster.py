@@ -287,7 +287,7 @@ def test_the_status_of_a_name_that_does_not_resolve() -> None:
 
 
 def test_listening_on_a_name_that_does_not_resolve(tmp_path: Path) -> None:
-    result = zero_ps("serve", "--data-dir", tmp_path, "--listen", "nosuchhost.invalid:7172")
+    result = zero_ps("serve", "--data-dir", tmp_path, "--listen", "nosuchhost.invalid:7172", "--insecure")
     assert result.returncode == 2
     assert "the name 'nosuchhost.invalid' does not resolve" in result.stderr
 
