@@ -113,7 +113,8 @@ class SlowLinks:
         """Lets everything go on, so much later."""
         threading.Timer(seconds, self._open.set).start()
 
-    def _later(self, destinations: Sequence[Destination], version: int) -> Arrival:
+    def _later(self, destinations: Sequence[Destination], version: int, *, max_staleness: int = 0) -> Arrival:
+        assert not max_staleness
         self.asked.append([destination.remote.name for destination in destinations])
         future: Future[None] = Future()
         # A copy: who asked clears the list.
