@@ -1,8 +1,7 @@
 """`trainer.RemoteOptimizer`: a torch optimizer whose arithmetic runs where the state is."""
 
-import copy
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, overload
 
@@ -16,22 +15,14 @@ from trainer.errors import ConfigError, JobMismatch, RequestRefused, ServerFull
 from trainer.grad_scaling import all_finite
 from trainer.job import Job
 from trainer.offload import OffloadedModel
-from trainer.optimizer_state import (
-    check_state,
-    clear_state,
-    initial_state,
-    kept_state,
-    list_state,
-    pull_state,
-    push_state,
-)
-from trainer.parameter import OffloadedParameter, offloaded
+from trainer.parameter import offloaded
 from trainer.server import call_all
+from trainer.stateful_optimizer import StatefulOptimizer
 
 _REDUCTIONS = {"mean": pb.GRADIENT_REDUCTION_MEAN, "sum": pb.GRADIENT_REDUCTION_SUM}
 
 
-class RemoteOptimizer(Optimizer):
+class RemoteOptimizer(StatefulOptimizer):
     """Runs an element-wise class of `torch.optim` on the job's servers.
 
     params: parameters of one offloaded model, or param groups of them.
@@ -285,137 +276,6 @@ class RemoteOptimizer(Optimizer):
         self._owner.between_passes()
         self._owner.gradients.drop(self.states(), keep_zeros=not set_to_none)
 
-    # ------------------------------------------------------------ state
-
-    def state_for(self, param: torch.Tensor) -> dict[str, torch.Tensor]:
-        """A parameter's optimizer state, under torch's names, as CPU tensors; empty if it was never updated.
-
-        Waits for the update of the last step.
-        """
-        state = self._state_of(param)
-        if state is None:
-            return {}
-        return next((pull_state(self.job, state, arrays) for state, arrays in self._listed([state])), {})
-
-    def state_items(self) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
-        """The name and state of each parameter that has any, one at a time, so that they need not all fit here.
-
-        No step may come in between: the state is that of the job's present step.
-        """
-        for state, arrays in self._listed(self.states()):
-            yield state.name, pull_state(self.job, state, arrays)
-
-    def state_dict(self) -> dict[str, Any]:
-        """What the class's own `state_dict` gives, all of it here: a plain optimizer of the class can load it.
-
-        Ranks need not agree to call this.
-        """
-        try:
-            for state, arrays in self._listed(self.states()):
-                self.state[state.param] = pull_state(self.job, state, arrays)
-            for group in self.param_groups:
-                self._fill_in(group)
-            return super().state_dict()
-        finally:
-            self.state.clear()
-
-    def _fill_in(self, group: dict[str, Any]) -> None:
-        """Adds what torch keeps of parameters that were never updated."""
-        options = {name: group[name] for name in self.defaults}
-        for param in group["params"]:
-            state = self._state_of(param)
-            if param in self.state or state is None or state.remote is None:
-                continue
-            if values := initial_state(self._class, options, state.shape, state.remote.dtype):
-                self.state[param] = values
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes over what `state_dict` of this or of a plain optimizer of the class gave; every rank calls it.
-
-        Options of the groups become those of each rank's argument, the servers' state that of rank 0's. Raises
-        ValueError where it does not fit, on the rank where that is so.
-        """
-        self._owner.announcement.check_none("load_state_dict()")
-        state_dict = state_dict.copy()
-        for before in self._optimizer_load_state_dict_pre_hooks.values():
-            state_dict = before(self, state_dict) or state_dict
-        groups = copy.deepcopy(state_dict["param_groups"])
-        if len(groups) != len(self.param_groups):
-            raise ValueError("loaded state dict has a different number of parameter groups")
-        loaded: list[tuple[OffloadedParameter, dict[str, Any], dict[str, bool]]] = []
-        for group, own in zip(groups, self.param_groups, strict=True):
-            if len(group["params"]) != len(own["params"]):
-                raise ValueError(
-                    "loaded state dict contains a parameter group that doesn't match the size of optimizer's group"
-                )
-            options = {name: group.get(name, default) for name, default in self.defaults.items()}
-            kept = kept_state(self._class, options)
-            for number, param in zip(group["params"], own["params"], strict=True):
-                if (state := self._state_of(param)) is not None:
-                    values = state_dict["state"].get(number, {})
-                    check_state(state, values, kept)
-                    if state.param.requires_grad or (state.remote and state.remote.index in self._trained):
-                        loaded.append((state, values, kept))
-        for group, own in zip(groups, self.param_groups, strict=True):
-            own.update({name: value for name, value in group.items() if name != "params"})
-        self._send_groups()
-        self._replace_state(loaded)
-        for after in self._optimizer_load_state_dict_post_hooks.values():
-            after(self)
-
-    def load_state_for(self, param: torch.Tensor, values: Mapping[str, Any]) -> None:
-        """Replaces one parameter's optimizer state by that of rank 0; every rank calls it.
-
-        values: as `state_for` gives it; empty to have the parameter begin anew. Raises ValueError for what
-            the class does not keep.
-        """
-        state = self._state_of(param)
-        if state is None:
-            return
-        group = next(g for g in self.param_groups if any(p is param for p in g["params"]))
-        kept = kept_state(self._class, {name: group[name] for name in self.defaults})
-        check_state(state, values, kept)
-        self._replace_state([(state, values, kept)])
-
-    def _replace_state(
-        self, loaded: Sequence[tuple[OffloadedParameter, Mapping[str, Any], Mapping[str, bool]]]
-    ) -> None:
-        self._owner.announcement.check_none("replacing optimizer state")
-        self._owner.between_passes()
-        self.job.check()
-        # Nobody may still be reading what is replaced.
-        self.job.barrier("optimizer state is about to be replaced")
-        if self.job.rank == 0:
-            clear_state(self.job, [state for state, _, _ in loaded])
-            for state, values, kept in loaded:
-                push_state(self.job, state, values, kept)
-            self.job.transfer.flush()
-        self.job.barrier("optimizer state replaced")
-
-    def _listed(self, states: Sequence[OffloadedParameter]) -> Iterator[tuple[OffloadedParameter, list[pb.ArraySpec]]]:
-        """Those of the parameters that have state, and what."""
-        self._owner.announcement.check_none("reading optimizer state")
-        self.job.check()
-        self.job.transfer.flush()
-        for state, arrays in zip(states, list_state(self.job, states), strict=True):
-            if arrays:
-                yield state, arrays
-
-    def _state_of(self, param: torch.Tensor) -> OffloadedParameter | None:
-        """None for one without elements."""
-        if not any(param is own for group in self.param_groups for own in group["params"]):
-            raise ConfigError(f"a parameter of shape {tuple(param.shape)} is in no group of this optimizer")
-        return offloaded(param)
-
     @property
     def skipped_steps(self) -> int:
         return self._skipped + self._owner.gradients.skipped
-
-    def states(self) -> list[OffloadedParameter]:
-        """Of the parameters in all groups."""
-        return [s for group in self.param_groups for p in group["params"] if (s := offloaded(p)) is not None]
-
-    @property
-    def _owner(self) -> OffloadedModel:
-        assert self._model is not None
-        return self._model

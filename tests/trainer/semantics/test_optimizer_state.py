@@ -1,6 +1,7 @@
 """Optimizer state: given to plain torch and taken from it, and training goes on with the same bits."""
 
 import itertools
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -191,6 +192,42 @@ def test_rank_0_state_counts_and_others_wait_for_it(servers: LocalCluster) -> No
 
     for found in run_group(servers.addresses, f"state{next(_jobs)}", 2, load):
         assert torch.equal(found, torch.ones(2, 3))
+
+
+@pytest.mark.parametrize("culprit", [0, 1])
+def test_state_that_does_not_fit_on_one_rank_is_refused_on_all(servers: LocalCluster, culprit: int) -> None:
+    def load(job: trainer.Job) -> list[str]:
+        model = trainer.offload(nn.Linear(3, 2), job)
+        optimizer = trainer.RemoteOptimizer(model.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9)
+        good = {"momentum_buffer": torch.ones(2, 3)}
+        optimizer.load_state_for(model.weight, good)
+        whole = optimizer.state_dict()
+        errors = []
+        for action, bad in (
+            (optimizer.load_state_dict, {**whole, "param_groups": []}),
+            (lambda values: optimizer.load_state_for(model.weight, values), {"momentum_buffer": torch.ones(5)}),
+        ):
+            began = time.monotonic()
+            with pytest.raises((ValueError, trainer.ConfigError)) as caught:
+                action(bad if job.rank == culprit else (whole if bad.keys() == whole.keys() else good))
+            # Nobody waits for its timeout, which is 30 seconds.
+            assert time.monotonic() - began < 25
+            errors.append(f"{type(caught.value).__name__}: {caught.value}")
+        assert torch.equal(optimizer.state_for(model.weight)["momentum_buffer"], good["momentum_buffer"])
+        # Those who have met go on together.
+        optimizer.load_state_dict(whole)
+        return errors
+
+    for rank, (first, second) in enumerate(run_group(servers.addresses, f"state{next(_jobs)}", 2, load)):
+        if rank == culprit:
+            assert first.startswith("ValueError: loaded state dict has a different number")
+            assert second.startswith("ValueError: momentum_buffer of parameter 'weight' has shape (5,)")
+        else:
+            assert first.startswith(
+                f"ConfigError: load_state_dict() failed on rank {culprit}, and so on all: ValueError"
+            )
+            assert second.startswith(f"ConfigError: load_state_for() failed on rank {culprit}")
+            assert "has shape (5,)" in second
 
 
 def test_a_layer_that_thaws_has_state_in_commits_and_one_that_freezes_keeps_it(tmp_path: Any) -> None:
