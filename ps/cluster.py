@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Self
 
 _START_SECONDS = 60.0
-_STOP_SECONDS = 10.0
+_STOP_SECONDS = 30.0
 
 
 class LocalCluster:
@@ -110,11 +110,12 @@ class LocalCluster:
             process.kill()
             self._reap(server)
 
-    def stop(self, server: int) -> None:
-        """Asks a server to leave, and waits until it did."""
-        process = self._processes[server]
-        if process is not None:
-            process.terminate()
+    def stop(self, *servers: int) -> None:
+        """Asks servers to leave, all at once, and waits until they did. They commit what is at a step boundary."""
+        for server in servers:
+            if (process := self._processes[server]) is not None:
+                process.terminate()
+        for server in servers:
             self._reap(server)
 
     def restart(self, server: int) -> None:
@@ -125,7 +126,10 @@ class LocalCluster:
     def close(self) -> None:
         """Ends all servers; removes the data folder if it is a temporary one."""
         for process in self._processes:
-            if process is not None:
+            if process is not None and self._temporary is not None:
+                # Nobody could use what they would commit.
+                process.kill()
+            elif process is not None:
                 process.terminate()
         for server in range(len(self._processes)):
             self._reap(server)

@@ -126,7 +126,13 @@ def commit(job: Job, session: Session, request: CommitRequest, patience: Patienc
     if announced is not None:
         return job.commits.outcome(announced, patience)
     running = job.commits.add(request.key, patience)
-    return _run(job, session, job.open_shard, request, running, patience)
+    return _run(job, request, running, lambda: _write(job, session, job.open_shard(), request, running, patience))
+
+
+def commit_at_rest(job: Job, shard: Shard, request: CommitRequest, patience: Patience) -> Written:
+    """As `commit`, on behalf of the server itself. The shard has to be at rest at the key's step."""
+    running = job.commits.add(request.key, patience)
+    return _run(job, request, running, lambda: _write_now(job, lambda: None, shard, request, running, patience))
 
 
 def announce(job: Job, session: Session, request: CommitRequest, patience: Patience) -> None:
@@ -146,21 +152,14 @@ def announce(job: Job, session: Session, request: CommitRequest, patience: Patie
     def run() -> None:
         # Whoever waits is told.
         with suppress(Exception):
-            _run(job, session, lambda: shard, request, running, alone)
+            _run(job, request, running, lambda: _write(job, session, shard, request, running, alone))
 
     threading.Thread(target=run, name=f"commit-{job.name}", daemon=True).start()
 
 
-def _run(
-    job: Job,
-    session: Session,
-    find_shard: Callable[[], Shard],
-    request: CommitRequest,
-    running: RunningCommit,
-    patience: Patience,
-) -> Written:
+def _run(job: Job, request: CommitRequest, running: RunningCommit, write: Callable[[], Written]) -> Written:
     try:
-        written = _write(job, session, find_shard(), request, running, patience)
+        written = write()
     except Exception as error:
         _log.warning("job %r: the commit of %s failed: %s", job.name, request.key, error)
         job.commits.finish(running, error)
@@ -184,13 +183,26 @@ def _write(
         lambda: f"step {key.step} of job {job.name!r}, which is at {shard.updated_step}",
         lambda: job.check_version(session, shard, key.step),
     )
+    return _write_now(job, session.check, shard, request, running, patience)
+
+
+def _write_now(
+    job: Job,
+    check: Callable[[], None],
+    shard: Shard,
+    request: CommitRequest,
+    running: RunningCommit,
+    patience: Patience,
+) -> Written:
+    """check: raises unless whoever wants the commit may have it."""
+    key = request.key
     with job.disk(patience):
         committed = job.generations.committed()
         if request.tag:
             _check_tags(job, request.tag)
         snapshot = None
         with job.shard_lock:
-            session.check()
+            check()
             if job.shard is not shard:
                 raise Conflict(f"job {job.name!r} was restored meanwhile")
             if any(chunk.version != key.step for chunk in shard) or shard.updated_step != key.step:
@@ -202,7 +214,7 @@ def _write(
                     raise Conflict(f"{key} of job {job.name!r} exists already; choose a new id for each commit")
                 snapshot = job.generations.snapshot(shard, key, request.metadata, job.monitor)
                 # True once it is written, unless the shard changes until then.
-                shard.flush, shard.generation = snapshot.flush, key
+                shard.flush, shard.generation, shard.assigned = snapshot.flush, key, False
             job.commits.begin(running)
         bytes_written = 0
         if snapshot is not None:

@@ -61,6 +61,12 @@ class VersionGone(ServerError):
     code = "OUT_OF_RANGE"
 
 
+class Leaving(ServerError):
+    """The server was told to stop; it will do no more than what has begun."""
+
+    code = "UNAVAILABLE"
+
+
 class Timeout(ServerError):
     """The wait took longer than the caller allowed; the message names what was waited for."""
 

@@ -5,13 +5,13 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 
 import torch
 
 from ps.barrier import Barriers
 from ps.chunk import Chunk
-from ps.errors import Conflict, JobFailed, SessionEnded, Timeout
+from ps.errors import Conflict, JobFailed, Leaving, SessionEnded, Timeout
 from ps.generations import Generations
 from ps.links import Chosen
 from ps.monitor import Monitor, Patience
@@ -57,6 +57,7 @@ class Job:
         self.updater = Updater(name, self.shard_lock, self.monitor, self.commits, late=options.late_updates)
         self.steps = Steps(name, self.sessions, self.monitor, self.updater)
         self._staging: dict[str, Staging] = {}
+        self.leaving = False
 
     # ------------------------------------------------------------ sessions
 
@@ -206,7 +207,7 @@ class Job:
         if not chunk.has_weight and weight.tensor.dtype == chunk.dtype:
             with self.monitor, chunk.lock:
                 session.check()
-                shard.generation = None
+                shard.generation, shard.assigned = None, True
                 chunk.take_over(weight)
             return
         with self.tier.lease([chunk.weight]), self.monitor, chunk.lock:
@@ -214,7 +215,7 @@ class Job:
             # Buffers are written before every commit, mostly as they were. That is no change, and a
             # generation of this step stays good.
             if not chunk.holds(weight.tensor):
-                shard.generation = None
+                shard.generation, shard.assigned = None, True
                 chunk.write(weight.tensor)
         self.tier.give_back(weight)
 
@@ -232,6 +233,7 @@ class Job:
         """The session's word for a step; see `Steps.step`."""
         shard = self.open_shard()
         self.steps.catch_up(session, shard, step, patience)
+        self._check_staying(step)
         self.steps.step(session, shard, step, wish)
         # Whatever was staged and fitted nowhere has been read back before training began.
         self.staging(session).clear()
@@ -240,7 +242,29 @@ class Job:
         """What the session will ask for with `step_from`; see `Steps.announce`."""
         shard = self.open_shard()
         self.steps.catch_up(session, shard, step, patience)
+        self._check_staying(step)
         self.steps.announce(session, shard, step, wish)
+
+    def leave(self) -> None:
+        """The server is about to stop: no step begins any more. One that a rank has asked for may still come about."""
+        with self.monitor:
+            self.leaving = True
+            self.monitor.changed()
+
+    def _check_staying(self, step: int) -> None:
+        with self.monitor:
+            if self.leaving and not self.steps.pending:
+                raise Leaving(f"the server is stopping and begins no step {step} of job {self.name!r}")
+
+    def wait_for_boundary(self, shard: Shard, patience: Patience) -> None:
+        """Waits until no step is under way, or until those that would complete one do not come."""
+        self.updater.need(shard, shard.newest_version)
+        with suppress(Timeout):
+            self.monitor.wait_until(
+                lambda: (shard.at_rest and not self.steps.pending) or shard.failure is not None,
+                patience,
+                lambda: "a step",
+            )
 
     def set_plan(self, session: Session, shard: Shard, plan: Plan) -> None:
         """Replaces what the session said before of the order in which it uses parameters."""

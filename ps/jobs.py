@@ -6,8 +6,9 @@ import time
 from collections import Counter, OrderedDict
 
 from protos.names import check_job_name
-from ps.errors import InvalidRequest, NotFound, ServerFull, StorageFailed
+from ps.errors import InvalidRequest, Leaving, NotFound, ServerFull, StorageFailed
 from ps.job import Job
+from ps.leaving import leave
 from ps.monitor import Patience
 from ps.options import ServerOptions
 from ps.places import Places
@@ -40,6 +41,7 @@ class Jobs:
         # Ended sessions stay for a while: their trainers are told why they ended.
         self._sessions: OrderedDict[str, tuple[Job, Session]] = OrderedDict()
         self._closing = threading.Event()
+        self._leaving = False
         try:
             data_dir.empty_working()
         except OSError as error:
@@ -57,6 +59,8 @@ class Jobs:
     ) -> tuple[Job, Session]:
         """A session of a job, which for a trainer need not exist yet. Raises NotFound and ServerFull."""
         with self._lock:
+            if self._leaving:
+                raise Leaving("the server is stopping and opens no session")
             self._make_room()
             job = self._job(name, read_only)
             self._arrivals[name] += 1
@@ -102,6 +106,11 @@ class Jobs:
     def held_chunks(self) -> int:
         """Chunks in memory, of all jobs."""
         return sum(len(shard) for job in self.loaded() if (shard := job.shard) is not None)
+
+    def leave(self, boundary_seconds: float) -> None:
+        """The server is about to stop: no session and no step begins any more, and what can be is committed."""
+        self._leaving = True
+        leave(self.loaded(), boundary_seconds)
 
     def close(self) -> None:
         self._closing.set()

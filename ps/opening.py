@@ -98,6 +98,7 @@ def _create(job: Job, session: Session, manifest: Sequence[StoredParameter]) -> 
             shard.close()
             raise
         job.shard = shard
+    shard.assigned = True
     _log.info("job %r: created, %d parameters, %d chunks here", job.name, len(manifest), len(shard))
     return shard
 

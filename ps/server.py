@@ -87,6 +87,8 @@ class Server:
                 ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
                 ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
                 ("grpc.max_concurrent_streams", _CONNECTION_STREAMS),
+                # Whoever connects and says nothing is disconnected.
+                ("grpc.server_handshake_timeout_ms", 20_000),
                 # A client whose machine is gone says nothing, and has streams.
                 ("grpc.keepalive_time_ms", 30_000),
                 ("grpc.keepalive_timeout_ms", 20_000),
@@ -118,8 +120,9 @@ class Server:
         self._grpc.start()
 
     def stop(self, grace_seconds: float) -> None:
-        """Takes no new calls, lets those that are running finish for a while, and leaves a shard at rest."""
+        """Commits what is at a step boundary, takes no new calls, lets those that are running finish for a while."""
         self._health.enter_graceful_shutdown()
+        self._jobs.leave(grace_seconds)
         stopped = self._grpc.stop(grace_seconds)
         end = time.monotonic() + grace_seconds
         # Streams live as long as their trainers; what counts is whether a request is being answered.

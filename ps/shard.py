@@ -32,6 +32,8 @@ class Shard:
     needed_version: the newest version that somebody waited for, which updates that are put off come to.
     failure, failed_at: why a step failed, and when on the monotonic clock. The state is of no use then.
     spec: the optimizer as stated, or as a generation has it.
+    assigned: whether a trainer has written weights or state since the last step or commit. It may have more of them
+        to write, here or on another server.
     metadata: what the trainer gave to the last commit.
     generation: the commit whose generation memory is equal to, or None. It may still be being written.
     flush: of the commit that is being written, or None.
@@ -61,6 +63,7 @@ class Shard:
         self.failed_at = 0.0
         self.spec: OptimizerSpec | None = None
         self.optimizer: ChunkOptimizer | None = None
+        self.assigned = False
         self.metadata = ""
         self.generation: CommitKey | None = None
         self.flush: Flush | None = None

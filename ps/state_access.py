@@ -121,4 +121,4 @@ def clear_state(job: Job, session: Session, shard: Shard, step: int, parameters:
 def _check(job: Job, session: Session, shard: Shard, step: int, chunks: Iterable[Chunk]) -> None:
     with job.monitor:
         job.check_at(session, shard, step, chunks, "state")
-        shard.generation = None
+        shard.generation, shard.assigned = None, True

@@ -81,6 +81,11 @@ class Steps:
         self._norms.clear()
 
     @property
+    def pending(self) -> bool:
+        """Whether a rank has asked for the next step or announced it. Expects the monitor to be held."""
+        return bool(self._wishes)
+
+    @property
     def resident_bytes(self) -> int:
         return sum(c.resident_bytes for c in list(self._contributions.values()))
 

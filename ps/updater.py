@@ -137,6 +137,7 @@ class Updater:
             assert shard.optimizer is not None
             shard.optimizer.set_options(step.options)
             shard.updated_step = step.step + 1
+            shard.assigned = False
 
     def _update(self, step: AgreedStep, chunks: Sequence[Chunk], *, early: bool) -> None:
         shard, optimizer = step.shard, step.shard.optimizer
