@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/.installed
 SOURCES := ps trainer protos tests hatch_build.py $(wildcard benchmarks examples)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format protos test-gpu soak garbage bench clean
+.PHONY: help install demo test lint format protos test-gpu soak load garbage bench clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -61,6 +61,9 @@ test-gpu: install ## the tests that need a CUDA device
 
 soak: install ## kill servers at random instants, 50 times, and compare with an undisturbed run (ARGS='--seed 1')
 	$(BIN)/python -m tests.soak $(ARGS)
+
+load: install ## 32 sessions against one server for a minute (ARGS='--sessions 64')
+	$(BIN)/python -m tests.load $(ARGS)
 
 garbage: install ## send servers thousands of messages that no trainer would (ARGS='--cases 20000 --seed 1')
 	$(BIN)/python -m tests.garbage $(ARGS)

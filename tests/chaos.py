@@ -135,7 +135,7 @@ class Rank:
             self._chaos.world_size,
             self._chaos.folder / "unused.pt",
             stop_file=str(self._chaos.stop_file),
-            result=str(self.result),
+            found=str(self.result),
             links=self._chaos.links,
             patience=DEADLINE_SECONDS / 2,
         )

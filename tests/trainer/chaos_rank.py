@@ -16,14 +16,20 @@ from tests.trainer.runs import gathered_values
 RESTART = 75
 """Exit status for what a supervisor such as torchrun answers by starting the trainer again."""
 
-MENDABLE = (trainer.ConnectError, trainer.TrainerLost, trainer.DeadlineExceeded, trainer.StepHalfDone)
+MENDABLE = (
+    trainer.ConnectError,
+    trainer.TrainerLost,
+    trainer.DeadlineExceeded,
+    trainer.StepHalfDone,
+    trainer.SessionLost,
+)
 
 
 def say(*words: object) -> None:
     print("chaos", *words, flush=True)
 
 
-def run(addresses: list[str], stop_file: str, result: str, links: list[str] | None, patience: float) -> None:
+def run(addresses: list[str], stop_file: str, found: str, links: list[str] | None, patience: float) -> None:
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     try:
@@ -48,7 +54,7 @@ def run(addresses: list[str], stop_file: str, result: str, links: list[str] | No
                     if job.step % 4 == 0:
                         job.commit({"step": job.step}, wait=job.step % 8 == 0)
             with job.recovering():
-                torch.save({"step": job.step, "params": gathered_values(model)}, result)
+                torch.save({"step": job.step, "params": gathered_values(model)}, found)
             say("done", job.step)
     except MENDABLE as error:
         say("gave up", f"{type(error).__name__}: {error}")
