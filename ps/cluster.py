@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Self
 
 _START_SECONDS = 60.0
-_STOP_SECONDS = 30.0
+_STOP_SECONDS = 120.0
 
 
 class LocalCluster:
