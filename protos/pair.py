@@ -1,10 +1,13 @@
 """A gloo process group of one trainer and one server, apart from torch's default group.
 
 gloo finds the other end through a store; the two ends tell each other their addresses over gRPC instead, so
-that it takes no store that listens somewhere, and nobody gets into a pair who has not come that way.
+that it takes no store that listens somewhere. gloo takes whoever connects to an address for the other end, so
+the two also prove to each other over the pair that they know the secret that went over gRPC with the addresses.
 """
 
 import datetime
+import hashlib
+import hmac
 import socket
 import threading
 from collections.abc import Callable
@@ -29,6 +32,9 @@ SMALL_BYTES = 64 << 10
 """What is smaller costs less as a part of a gRPC message."""
 
 MAX_ADDRESS_BYTES = 4096
+
+_PROOF_TAG = 0
+"""Parcels begin at 1."""
 
 
 class _Exchange(dist.Store):  # type: ignore[name-defined,misc]
@@ -71,11 +77,14 @@ class _Exchange(dist.Store):  # type: ignore[name-defined,misc]
 class Pair:
     """One end of a process group of two. Making it returns when the other end has been made, too."""
 
-    def __init__(self, rank: int, host: str, exchange: Callable[[bytes, Callable[[bytes], None]], None]) -> None:
+    def __init__(
+        self, rank: int, host: str, secret: str, exchange: Callable[[bytes, Callable[[bytes], None]], None]
+    ) -> None:
         """host: a name or address of this end that the other one reaches.
+        secret: what nobody knows but the two.
         exchange: called with this end's address and with what to call with the other's.
 
-        Raises RuntimeError or OSError where the two do not find each other.
+        Raises RuntimeError or OSError where the two do not find each other, or somebody else came.
         """
         self._other = 1 - rank
         options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
@@ -84,6 +93,17 @@ class Pair:
         store = _Exchange(rank, lambda address: exchange(address, store.receive))
         # Its types do not know what it has.
         self._group: Any = dist.ProcessGroupGloo(store, rank, 2, options)
+        self._meet(_proof(secret, rank), _proof(secret, self._other))
+
+    def _meet(self, mine: bytes, theirs: bytes) -> None:
+        """Returns when the other end is the one that is meant."""
+        limit = datetime.timedelta(seconds=FORM_SECONDS)
+        came = torch.empty(len(theirs), dtype=torch.uint8)
+        sent = self.send(torch.frombuffer(bytearray(mine), dtype=torch.uint8), _PROOF_TAG)
+        self.receive(came, _PROOF_TAG).wait(limit)
+        sent.wait(limit)
+        if not hmac.compare_digest(bytes(came.tolist()), theirs):
+            raise RuntimeError("somebody else connected in place of the other end")
 
     def send(self, data: torch.Tensor, tag: int) -> "dist.Work":
         """data: 1-d, contiguous, not to be changed before the work is done."""
@@ -93,6 +113,11 @@ class Pair:
     def receive(self, target: torch.Tensor, tag: int) -> "dist.Work":
         work: dist.Work = self._group.recv([target], self._other, tag)
         return work
+
+
+def _proof(secret: str, rank: int) -> bytes:
+    """What the end of this rank shows to the other."""
+    return hmac.digest(secret.encode(), f"zero-ps pair, rank {rank}".encode(), hashlib.sha256)
 
 
 def wait(work: "dist.Work") -> None:

@@ -107,6 +107,8 @@ class Arena:
             os.ftruncate(writable, self.size)
             fcntl.fcntl(writable, fcntl.F_ADD_SEALS, _SEALS)
             self._mapping = _Mapping(writable, self.size, mmap.PROT_READ | mmap.PROT_WRITE)
+            # Anonymous files are made with every right for everybody.
+            os.fchmod(writable, 0o400)
             self.fd = os.open(f"/proc/self/fd/{writable}", os.O_RDONLY | os.O_CLOEXEC)
         finally:
             os.close(writable)

@@ -2,17 +2,14 @@
 
 import enum
 import logging
-import threading
-import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from ps.errors import AccessDenied, Unauthenticated
+from ps.rarely import Rarely
 from ps.sessions import Session
 from ps.tokens import Right, Rules, Tokens
 from ps.watched import Watched
-
-_LOG_EVERY_SECONDS = 10.0
 
 _log = logging.getLogger(__name__)
 
@@ -67,7 +64,7 @@ class Access:
 
     def __init__(self, tokens: Watched[Tokens]) -> None:
         self._tokens = tokens
-        self.refusals = Refusals()
+        self.refusals = Rarely(_log, "refused %d calls without a valid token, the last from %s")
 
     def caller(self, metadata: Iterable[tuple[str, str | bytes]]) -> Rules:
         """Whose token a call brings along."""
@@ -130,22 +127,3 @@ class Access:
                 f"{method} takes the right '{right.name.lower()}' on job {job[:100]!r}, which this token has not; ask "
                 "who runs the server for a rule in its --tokens file"
             )
-
-
-class Refusals:
-    """Says in the log that strangers call, and not more often than somebody can read."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._count = 0
-        self._due = 0.0
-
-    def note(self, peer: str) -> None:
-        """peer: who called without a token that is known."""
-        with self._lock:
-            self._count += 1
-            if time.monotonic() < self._due:
-                return
-            self._due = time.monotonic() + _LOG_EVERY_SECONDS
-            count, self._count = self._count, 0
-        _log.warning("refused %d calls without a valid token, the last from %s", count, peer)

@@ -47,7 +47,7 @@ class Gate(grpc.ServerInterceptor):  # type: ignore[type-arg]
     def _refusal(self, error: ServerError) -> "grpc.RpcMethodHandler[Any, Any]":
         def refuse(requests: Iterable[bytes], context: grpc.ServicerContext) -> None:
             if isinstance(error, Unauthenticated):
-                self._access.refusals.note(context.peer())
+                self._access.refusals.warn(context.peer())
             _abort(context, error)
 
         # As a stream, whose requests nobody asks for.

@@ -1,5 +1,6 @@
 """The link between hosts: a gloo process group of the server and one trainer."""
 
+import re
 import threading
 import time
 from collections import deque
@@ -18,6 +19,7 @@ from ps.links.grpc import messages
 _DEPTH = 3
 """How many parcels are on their way at once: one is being sent, and the next ones are ready."""
 
+_TOKEN = re.compile(r"[0-9a-f]{32}")
 _UNCLAIMED_SECONDS = 30.0
 _MAX_UNCLAIMED = 256
 
@@ -119,6 +121,8 @@ class GlooKind(LinkKind):
         self._forming: dict[str, _Forming] = {}
 
     def prepare(self, request: pb.PrepareLinkRequest) -> pb.PrepareLinkResponse:
+        if not _TOKEN.fullmatch(request.token):
+            raise InvalidRequest("the token of a gloo link has 32 of the characters 0-9 and a-f")
         if not 0 < len(request.address) <= pair.MAX_ADDRESS_BYTES or not 0 < len(request.host) <= 253:
             raise InvalidRequest("a gloo link needs the address of the trainer's end, and the server's host")
         forming = _Forming()
@@ -128,7 +132,7 @@ class GlooKind(LinkKind):
                 raise InvalidRequest("this link is being prepared already, or too many are")
             self._forming[request.token] = forming
         host = self._advertise or request.host
-        threading.Thread(target=self._form, args=(forming, host, request.address), name="gloo", daemon=True).start()
+        threading.Thread(target=self._form, args=(forming, host, request), name="gloo", daemon=True).start()
         with self._changed:
             self._changed.wait_for(lambda: forming.address or forming.error, pair.FORM_SECONDS)
             if not forming.address:
@@ -136,15 +140,15 @@ class GlooKind(LinkKind):
                 raise InvalidRequest(f"the server cannot listen for gloo at {host!r}: {forming.error or 'no answer'}")
         return pb.PrepareLinkResponse(address=forming.address)
 
-    def _form(self, forming: _Forming, host: str, theirs: bytes) -> None:
+    def _form(self, forming: _Forming, host: str, request: pb.PrepareLinkRequest) -> None:
         def exchange(mine: bytes, receive: object) -> None:
             with self._changed:
                 forming.address = mine
                 self._changed.notify_all()
-            receive(theirs)  # type: ignore[operator]
+            receive(request.address)  # type: ignore[operator]
 
         try:
-            formed = Pair(pair.SERVER, host, exchange)
+            formed = Pair(pair.SERVER, host, request.token, exchange)
         except Exception as error:
             with self._changed:
                 forming.error = str(error) or type(error).__name__

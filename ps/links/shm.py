@@ -1,10 +1,13 @@
 """The link within one host: trainers read chunks where they are, and the server reads gradients where they are."""
 
 import contextlib
+import hashlib
 import logging
+import os
 import selectors
 import socket
 import threading
+import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 
@@ -14,6 +17,7 @@ from protos.segment import Arena, Segment
 from ps.errors import Cancelled, InvalidRequest
 from ps.links.base import Block, Link, LinkKind, LinkRefused
 from ps.links.grpc import messages
+from ps.rarely import Rarely
 from ps.tier import Lent
 
 _INLINE_BYTES = 32 << 10
@@ -23,6 +27,13 @@ _RESPONSE_BYTES = 4 << 20
 """A trainer begins to copy so much while the server makes the next ready."""
 
 _HANDSHAKE_SECONDS = 2.0
+
+_UNCLAIMED_SECONDS = 60.0
+_MAX_UNCLAIMED = 256
+"""Connections that no session has claimed: for how long, and how many, of which the oldest go first."""
+
+_LOOK_SECONDS = 5.0
+_AFTER_FAILURE_SECONDS = 0.05
 
 _log = logging.getLogger(__name__)
 
@@ -123,13 +134,19 @@ class ShmLink(Link):
 
 
 class _Connection:
-    """A trainer's end of the socket. link: once its session is open."""
+    """A trainer's end of the socket. key: of its token. link: once its session is open."""
 
     def __init__(self, connection: socket.socket) -> None:
         self.socket = connection
-        self.token = ""
-        self.segment: Segment | None = None
+        self.since = time.monotonic()
+        self.key = b""
+        # Its segment, which is not looked at before a session has claimed it.
+        self.fd = -1
         self.link: ShmLink | None = None
+
+    def take_fd(self) -> int:
+        fd, self.fd = self.fd, -1
+        return fd
 
 
 class ShmKind(LinkKind):
@@ -146,8 +163,11 @@ class ShmKind(LinkKind):
             raise LinkRefused(f"the server cannot share memory: {error}") from error
         self._closed = False
         self._changed = threading.Condition()
-        # By token: trainers that have not opened their session yet.
-        self._waiting: dict[str, _Connection] = {}
+        # By key: trainers that have not opened their session yet.
+        self._waiting: dict[bytes, _Connection] = {}
+        # Those that no session has claimed, the oldest first. Only the listening thread uses it.
+        self._unclaimed: dict[_Connection, None] = {}
+        self._refusals = Rarely(_log, "refused %d connections to the socket of shm links, the last: %s")
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._listener, selectors.EVENT_READ)
         self._thread = threading.Thread(target=self._listen, name="shm", daemon=True)
@@ -157,13 +177,16 @@ class ShmKind(LinkKind):
         return pb.ServerLink(kind=self.kind, address=self._address)
 
     def accept(self, offer: pb.LinkOffer) -> Link:
+        key = _key(offer.token)
         with self._changed:
-            if not self._changed.wait_for(lambda: offer.token in self._waiting, _HANDSHAKE_SECONDS):
+            if not self._changed.wait_for(lambda: key in self._waiting, _HANDSHAKE_SECONDS):
                 raise LinkRefused("the trainer did not come to the server's socket")
-            connection = self._waiting.pop(offer.token)
-            assert connection.segment is not None
-            link = connection.link = ShmLink(self._arena, connection.socket, connection.segment)
-            connection.segment = None
+            connection = self._waiting.pop(key)
+            try:
+                segment = Segment(connection.take_fd())
+            except (OSError, ValueError) as error:
+                raise LinkRefused(f"the server cannot use the trainer's memory: {error}") from None
+            link = connection.link = ShmLink(self._arena, connection.socket, segment)
         try:
             rendezvous.send_segment(connection.socket, "segment", self._arena.fd)
         except OSError as error:
@@ -178,12 +201,16 @@ class ShmKind(LinkKind):
         self._thread.join()
 
     def _listen(self) -> None:
+        due = time.monotonic() + _LOOK_SECONDS
         while not self._closed:
-            for key, _ in self._selector.select():
+            for key, _ in self._selector.select(_LOOK_SECONDS):
                 if key.data is None:
                     self._welcome()
                 else:
                     self._hear(key.data)
+            if time.monotonic() >= due or len(self._unclaimed) > _MAX_UNCLAIMED:
+                self._end_unclaimed()
+                due = time.monotonic() + _LOOK_SECONDS
         for key in list(self._selector.get_map().values()):
             if key.data is not None:
                 self._end(key.data)
@@ -196,12 +223,34 @@ class ShmKind(LinkKind):
             connection, _ = self._listener.accept()
             connection.settimeout(_HANDSHAKE_SECONDS)
             rendezvous.check_peer(connection)
-            self._selector.register(connection, selectors.EVENT_READ, _Connection(connection))
+            heard = _Connection(connection)
+            self._selector.register(connection, selectors.EVENT_READ, heard)
+            self._unclaimed[heard] = None
         except OSError as error:
             if not self._closed:
-                _log.warning("a link was refused: %s", error)
+                self._refusals.warn(error)
             if connection is not None:
                 connection.close()
+            else:
+                # There is no way to take it, and it would be announced again at once.
+                time.sleep(_AFTER_FAILURE_SECONDS)
+
+    def _end_unclaimed(self) -> None:
+        """Ends connections that nobody needs: they waited too long, or are too many."""
+        for connection in list(self._unclaimed):
+            if connection.link is not None:
+                del self._unclaimed[connection]
+        old = time.monotonic() - _UNCLAIMED_SECONDS
+        for connection in list(self._unclaimed):
+            if connection.since > old and len(self._unclaimed) <= _MAX_UNCLAIMED:
+                break
+            with self._changed:
+                # A session may come for it just now.
+                if connection.link is not None:
+                    continue
+                self._waiting.pop(connection.key, None)
+            self._refusals.warn("no session claimed it")
+            self._end(connection)
 
     def _hear(self, connection: _Connection) -> None:
         try:
@@ -212,22 +261,32 @@ class ShmKind(LinkKind):
                 connection.link.read_so_far(rendezvous.decode_count(packet))
                 return
             token, fd = rendezvous.receive_segment(connection.socket)
-            segment = Segment(fd)
             with self._changed:
-                if connection.token or not token or token in self._waiting:
+                if connection.key or not token or _key(token) in self._waiting:
+                    os.close(fd)
                     raise ValueError("a second greeting")
-                connection.token, connection.segment = token, segment
-                self._waiting[token] = connection
+                connection.key, connection.fd = _key(token), fd
+                self._waiting[connection.key] = connection
                 self._changed.notify_all()
         except (OSError, ValueError) as error:
             if not isinstance(error, OSError):
-                _log.warning("a link was ended: %s", error)
+                self._refusals.warn(error)
             self._end(connection)
 
     def _end(self, connection: _Connection) -> None:
         self._selector.unregister(connection.socket)
+        self._unclaimed.pop(connection, None)
         with self._changed:
-            self._waiting.pop(connection.token, None)
+            if self._waiting.get(connection.key) is connection:
+                del self._waiting[connection.key]
+            fd = connection.take_fd()
+        if fd >= 0:
+            os.close(fd)
         if connection.link is not None:
             connection.link.close()
         connection.socket.close()
+
+
+def _key(token: str) -> bytes:
+    """By which a token is looked up: how long that takes tells nothing of the token."""
+    return hashlib.sha256(token.encode("utf-8", "surrogatepass")).digest()

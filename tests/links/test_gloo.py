@@ -21,6 +21,7 @@ class TestGlooLink(LinkConformance):
     [
         ({"kind": "nothing"}, "no 'nothing' link"),
         ({"kind": "grpc"}, "a grpc link needs no preparation"),
+        ({"token": "t"}, "has 32 of the characters 0-9 and a-f"),
         ({"address": b""}, "needs the address of the trainer's end"),
         ({"address": bytes(pair.MAX_ADDRESS_BYTES + 1)}, "needs the address of the trainer's end"),
         ({"host": ""}, "and the server's host"),
@@ -30,7 +31,8 @@ class TestGlooLink(LinkConformance):
 def test_a_link_that_cannot_be_prepared_is_refused(
     cluster: LocalCluster, fields: dict[str, object], message: str
 ) -> None:
-    request = pb.PrepareLinkRequest(**{"kind": "gloo", "token": "t", "host": "127.0.0.1", "address": b"x", **fields})
+    good = {"kind": "gloo", "token": "0" * 32, "host": "127.0.0.1", "address": b"x"}
+    request = pb.PrepareLinkRequest(**{**good, **fields})
     with grpc.insecure_channel(cluster.addresses[0]) as channel, pytest.raises(grpc.RpcError, match=message) as error:
         ParameterServerStub(channel).PrepareLink(request, timeout=20)
     assert error.value.code() == grpc.StatusCode.INVALID_ARGUMENT

@@ -110,7 +110,7 @@ class GlooCandidate(Candidate):
             receive(server.call("PrepareLink", request, pair.FORM_SECONDS).address)
 
         try:
-            self._pair = Pair(pair.TRAINER, pair.local_address(host, int(port)), exchange)
+            self._pair = Pair(pair.TRAINER, pair.local_address(host, int(port)), self._token, exchange)
         except (OSError, RuntimeError) as error:
             raise LinkUnusable(f"a process group with the server cannot be made: {error}") from error
 
