@@ -6,13 +6,14 @@ JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+PEERS := .venv-peers
 SOURCES := ps trainer protos tests hatch_build.py $(wildcard benchmarks examples)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format protos test-gpu soak load garbage bench clean
+.PHONY: help install demo test lint format protos test-gpu soak load garbage bench bench-peers clean
 
 help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: $(INSTALLED) ## create .venv with pinned versions and install zero-ps into it, editable
 	@:
@@ -69,12 +70,20 @@ garbage: install ## send servers thousands of messages that no trainer would (AR
 	$(BIN)/python -m tests.garbage $(ARGS)
 
 bench: install ## the benchmarks
-	@if [ -f benchmarks/__main__.py ]; then $(BIN)/python -m benchmarks $(ARGS); \
-	elif ls benchmarks/bench_*.py >/dev/null 2>&1; then \
-		set -e; for file in benchmarks/bench_*.py; do echo "== $$file"; $(BIN)/python $$file $(ARGS); done; \
-	else echo "there is no benchmark yet"; fi
+	$(BIN)/python -m benchmarks $(ARGS)
+
+# DeepSpeed has an environment of its own, so that nothing of it can get into ours. Its asynchronous disk I/O is
+# compiled when it is first used, against libaio.
+bench-peers: install ## install DeepSpeed, to compare with, into .venv-peers
+	@test -e /usr/include/libaio.h || echo "libaio.h is missing, and deepspeed-nvme will be left out: apt-get install libaio-dev"
+	@$(PYTHON) -m venv $(PEERS)
+	@PIP_ROOT_USER_ACTION=ignore PIP_DISABLE_PIP_VERSION_CHECK=1 \
+		$(PEERS)/bin/python -m pip install --quiet --no-input --constraint constraints.txt setuptools ninja --editable .
+	@DS_BUILD_OPS=0 PIP_ROOT_USER_ACTION=ignore PIP_DISABLE_PIP_VERSION_CHECK=1 \
+		$(PEERS)/bin/python -m pip install --quiet --no-input --constraint constraints.txt --no-build-isolation deepspeed==0.19.8
+	@echo "ready: make bench, or $(BIN)/python -m benchmarks.step"
 
 clean: ## delete .venv, generated code and caches; the stores under runs/ stay
-	rm -rf $(VENV) build dist .protoc-* protos/zero_ps_pb2* \
+	rm -rf $(VENV) $(PEERS) build dist .protoc-* protos/zero_ps_pb2* \
 		.mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find ps trainer protos tests -name __pycache__ -prune -exec rm -rf {} +

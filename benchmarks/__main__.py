@@ -5,7 +5,7 @@ import sys
 
 from benchmarks import report
 
-MODULES = ("coordinator", "hooks", "memory", "storage", "commit", "optimizer", "group", "links")
+MODULES = ("step", "coordinator", "hooks", "memory", "storage", "commit", "optimizer", "group", "links")
 
 
 def _all(quick: bool) -> list[report.Row]:

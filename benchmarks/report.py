@@ -91,20 +91,31 @@ def machine() -> dict[str, str | int]:
     }
 
 
-def main(description: str | None, run: Callable[[bool], list[Row]], *, shown: bool = False) -> int:
-    """The command line of a measurement; exit status 1 when a bar does not hold.
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """The flags that every measurement has."""
+    found = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    found.add_argument("--quick", action="store_true", help="fewer and smaller cases, under a minute")
+    found.add_argument("--json", type=Path, metavar="FILE", help="also write the rows to FILE")
+    return found
 
-    run: takes whether to be quick and returns the rows.
-    shown: whether it has printed its table already.
+
+def conclude(rows: Sequence[Row], arguments: argparse.Namespace, *, shown: bool = False) -> int:
+    """Says and keeps what was measured; exit status 1 when a bar does not hold.
+
+    shown: whether the table was printed already.
     """
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--quick", action="store_true", help="fewer and smaller cases, under a minute")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows to FILE")
-    arguments = parser.parse_args()
-    rows = run(arguments.quick)
     if not shown:
         print(table(rows))
     if arguments.json is not None:
         content = {"machine": machine(), "rows": [row.as_json() for row in rows]}
         arguments.json.write_text(json.dumps(content, indent=2) + "\n")
     return 1 if any(row.holds is False for row in rows) else 0
+
+
+def main(description: str | None, run: Callable[[bool], list[Row]], *, shown: bool = False) -> int:
+    """The command line of a measurement without flags of its own.
+
+    run: takes whether to be quick and returns the rows. shown: whether it has printed its table already.
+    """
+    arguments = parser(description).parse_args()
+    return conclude(run(arguments.quick), arguments, shown=shown)

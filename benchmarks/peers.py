@@ -1,0 +1,26 @@
+"""Where DeepSpeed is: in an environment of its own, which `make bench-peers` creates."""
+
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+ENVIRONMENT = Path(".venv-peers")
+
+
+@cache
+def python_with(package: str) -> str | None:
+    """An interpreter that has a package besides torch and zero-ps; None if there is none.
+
+    ZERO_PS_PEERS names the environment where it is not `.venv-peers`.
+    """
+    peers = Path(os.environ.get("ZERO_PS_PEERS", ENVIRONMENT)) / "bin" / "python"
+    for python in (sys.executable, str(peers)):
+        look = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({package!r}) is None)"
+        try:
+            if subprocess.run([python, "-c", look], check=False, timeout=60).returncode == 0:
+                return python
+        except OSError:
+            continue
+    return None
