@@ -72,8 +72,15 @@ garbage: install ## send servers thousands of messages that no trainer would (AR
 bench: install ## the benchmarks
 	$(BIN)/python -m benchmarks $(ARGS)
 
-# DeepSpeed has an environment of its own, so that nothing of it can get into ours. Its asynchronous disk I/O is
-# compiled when it is first used, against libaio.
+# DeepSpeed has an environment of its own, so that nothing of it can get into ours. What it compiles when it is first
+# used is compiled here, since one that is interrupted there hangs the next.
+define BUILD_OPERATORS
+from deepspeed.ops.op_builder import CPUAdamBuilder, AsyncIOBuilder
+CPUAdamBuilder().load()
+AsyncIOBuilder().load()
+endef
+export BUILD_OPERATORS
+
 bench-peers: install ## install DeepSpeed, to compare with, into .venv-peers
 	@test -e /usr/include/libaio.h || echo "libaio.h is missing, and deepspeed-nvme will be left out: apt-get install libaio-dev"
 	@$(PYTHON) -m venv $(PEERS)
@@ -81,6 +88,7 @@ bench-peers: install ## install DeepSpeed, to compare with, into .venv-peers
 		$(PEERS)/bin/python -m pip install --quiet --no-input --constraint constraints.txt setuptools ninja --editable .
 	@DS_BUILD_OPS=0 PIP_ROOT_USER_ACTION=ignore PIP_DISABLE_PIP_VERSION_CHECK=1 \
 		$(PEERS)/bin/python -m pip install --quiet --no-input --constraint constraints.txt --no-build-isolation deepspeed==0.19.8
+	@DS_ACCELERATOR=cpu TORCH_EXTENSIONS_DIR=$(abspath $(PEERS))/torch_extensions $(PEERS)/bin/python -c "$$BUILD_OPERATORS"
 	@echo "ready: make bench, or $(BIN)/python -m benchmarks.step"
 
 clean: ## delete .venv, generated code and caches; the stores under runs/ stay

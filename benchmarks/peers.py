@@ -9,6 +9,10 @@ from pathlib import Path
 ENVIRONMENT = Path(".venv-peers")
 
 
+EXTENSIONS = "torch_extensions"
+"""Where in the environment DeepSpeed keeps what it compiles."""
+
+
 @cache
 def python_with(package: str) -> str | None:
     """An interpreter that has a package besides torch and zero-ps; None if there is none.
@@ -24,3 +28,8 @@ def python_with(package: str) -> str | None:
         except OSError:
             continue
     return None
+
+
+def deepspeed_environment(python: str) -> dict[str, str]:
+    """What DeepSpeed has to find in its environment to run on a CPU."""
+    return {"DS_ACCELERATOR": "cpu", "TORCH_EXTENSIONS_DIR": str(Path(python).parent.parent / EXTENSIONS)}

@@ -18,7 +18,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 
 from benchmarks import report
-from benchmarks.peers import python_with
+from benchmarks.peers import deepspeed_environment, python_with
 from benchmarks.sides.process import Block, Ranks, SideError
 from benchmarks.workload import Workload
 from ps import LocalCluster
@@ -180,7 +180,7 @@ def _deepspeed(name: str, work: Workload) -> Iterator[Ranks]:
     with tempfile.TemporaryDirectory(prefix="zero-ps-deepspeed-") as folder:
         device = name.removeprefix("deepspeed-")
         work = replace(work, options=(("device", device), ("folder", folder)))
-        with Ranks(name, python, "benchmarks.sides.zero3", work, environment={"DS_ACCELERATOR": "cpu"}) as ranks:
+        with Ranks(name, python, "benchmarks.sides.zero3", work, environment=deepspeed_environment(python)) as ranks:
             yield ranks
 
 

@@ -8,7 +8,7 @@ import torch
 from trainer.app.data import Corpus, standard_library
 from trainer.app.gpt import GPT, GPTConfig
 
-LEARNING_RATE = 1e-4
+LEARNING_RATE = 3e-5
 
 
 @dataclass(frozen=True)
