@@ -14,7 +14,7 @@ os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 from protos.links import KINDS, parse_kinds
 from ps.arguments import ArgumentParser, path, size
 from ps.options import COMPRESSIBLE, MAX_INFLIGHT_BYTES, MAX_JOBS, MAX_SESSIONS
-from ps.tools import certs, export, import_, reshard, verify
+from ps.tools import certs, export, import_, plan, reshard, verify
 
 _DESCRIPTION = "ZeRO-3 parameter offload: parameter servers keep the model, trainers compute with it."
 
@@ -188,7 +188,7 @@ def _parser() -> argparse.ArgumentParser:
     untag.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="every --data-dir of every server")
     untag.add_argument("--job", default="default", metavar="NAME", help="(default: %(default)s)")
 
-    for tool in (verify, reshard, export, import_, certs):
+    for tool in (verify, reshard, export, import_, plan, certs):
         tool.add_parser(commands)
 
     # Here only for the list of commands; `main` has taken them before.

@@ -1,0 +1,164 @@
+"""How long a step takes on each resource of a cluster, from what has to move and what was measured of zero-ps."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from ps.tools.hf_config import ModelSize
+
+# Measured with `python -m benchmarks.links` and `benchmarks.optimizer`; docs/performance.md.
+SERVER_SECONDS_PER_GB: Mapping[str, tuple[float, float]] = {
+    "shm": (0.05, 0.20),
+    "gloo": (0.45, 0.67),
+    "grpc": (0.71, 0.93),
+}
+"""Processor seconds of a server for each GB, pulled and pushed, by link."""
+
+MEASURED_RATE: Mapping[str, float] = {"shm": 4.8e9, "gloo": 1.9e9, "grpc": 1.2e9}
+"""Bytes in a second that servers have been seen to send, by link, where trainers and servers shared two cores."""
+
+UPDATES_PER_CORE = 0.7e9
+"""Parameters that one core takes through AdamW in a second."""
+
+STATE_BYTES = 12
+"""Of a trained parameter under AdamW with fp32 masters: weight and two moments."""
+
+COPY_BYTES = 2
+"""Of the copy in compute dtype that pulls are answered from, of a gradient on the wire, and of a parameter there."""
+
+GRADIENT_BYTES = 4
+"""Of the accumulator of one trainer's gradient."""
+
+_FLOPS = 6
+"""Operations for each parameter and token, forward and backward."""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Rates are bytes in a second, memory is bytes; `servers` and `hosts` each have all that is stated for one.
+
+    servers: storage hosts, one server each. hosts: compute hosts. trainers: in all, spread over the hosts.
+    interconnect: between trainers, for each of them, both ways together. flops: of one trainer, as reached.
+    live: of parameters, what a trainer may hold.
+    """
+
+    servers: int
+    server_memory: float
+    server_cores: int
+    server_network: float
+    disk_read: float
+    disk_write: float
+    hosts: int
+    trainers: int
+    host_network: float
+    interconnect: float
+    flops: float
+    live: float
+    link: str = "gloo"
+    group: bool = True
+
+
+@dataclass(frozen=True)
+class Demand:
+    """One resource in one step. amount / rate is how long it takes by itself.
+
+    where: "trainers", "servers" or "between": which of them more of would help.
+    """
+
+    resource: str
+    where: str
+    amount: float
+    rate: float
+    unit: str
+
+    @property
+    def seconds(self) -> float:
+        return self.amount / self.rate if self.amount else 0.0
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Of one step. on_disk: the share of the state that does not fit into the servers' memory.
+
+    The step takes as long as the slowest resource, if everything else is hidden behind it.
+    """
+
+    demands: tuple[Demand, ...]
+    on_disk: float
+    server_bytes: float
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def seconds(self) -> float:
+        return self.bottleneck.seconds
+
+    @property
+    def bottleneck(self) -> Demand:
+        return max(self.demands, key=lambda demand: demand.seconds)
+
+
+def estimate(model: ModelSize, tokens: int, cluster: Cluster) -> Estimate:
+    """What one optimizer step over `tokens`, of all trainers together, takes."""
+    whole = float(model.parameters * COPY_BYTES)
+    # What a trainer still holds when the backward begins is not pulled again.
+    pulls = 2 - min(1.0, cluster.live / whole)
+    copies = 1 if cluster.group else cluster.trainers
+    pulled, pushed = copies * pulls * whole, copies * whole
+    per_server = model.parameters / cluster.servers
+    pull_seconds, push_seconds = SERVER_SECONDS_PER_GB[cluster.link]
+    processor = per_server / UPDATES_PER_CORE
+    processor += (pulled * pull_seconds + pushed * push_seconds) / 1e9 / cluster.servers
+
+    gradients = GRADIENT_BYTES * (1 if cluster.group else cluster.trainers)
+    server_bytes = per_server * (STATE_BYTES + COPY_BYTES + gradients)
+    on_disk = max(0.0, 1 - cluster.server_memory / server_bytes)
+    # Every update reads and writes all state. A pull reads the copy once, whoever else asks for it soon after.
+    read = per_server * on_disk * (STATE_BYTES + COPY_BYTES * pulls)
+    written = per_server * on_disk * (STATE_BYTES + COPY_BYTES)
+
+    demands = [
+        Demand(
+            "compute of a trainer", "trainers", _FLOPS * model.active * tokens / cluster.trainers, cluster.flops, "FLOP"
+        ),
+        Demand("network of a compute host, in", "trainers", pulled / cluster.hosts, cluster.host_network, "B"),
+        Demand("network of a compute host, out", "trainers", pushed / cluster.hosts, cluster.host_network, "B"),
+        Demand("network of a server, out", "servers", pulled / cluster.servers, cluster.server_network, "B"),
+        Demand("network of a server, in", "servers", pushed / cluster.servers, cluster.server_network, "B"),
+        Demand("processor of a server", "servers", processor, float(cluster.server_cores), "core s"),
+        Demand("disk of a server, read", "servers", read, cluster.disk_read, "B"),
+        Demand("disk of a server, written", "servers", written, cluster.disk_write, "B"),
+    ]
+    if cluster.group and cluster.trainers > 1:
+        # All-gathers bring each trainer what the others pulled; gradients go the other way, once.
+        others = (cluster.trainers - 1) / cluster.trainers
+        moved = others * (pulls + 1) * whole
+        demands.append(Demand("between trainers", "between", moved, cluster.interconnect, "B"))
+    return Estimate(tuple(demands), on_disk, server_bytes, _notes(model, cluster))
+
+
+def servers_needed(model: ModelSize, tokens: int, cluster: Cluster, most: int = 4096) -> int | None:
+    """The fewest servers with which no server is the bottleneck; None if `most` are too few."""
+    for servers in range(1, most + 1):
+        found = estimate(model, tokens, replace(cluster, servers=servers))
+        others = max(demand.seconds for demand in found.demands if demand.where != "servers")
+        if all(demand.seconds <= others for demand in found.demands if demand.where == "servers"):
+            return servers
+    return None
+
+
+def _notes(model: ModelSize, cluster: Cluster) -> tuple[str, ...]:
+    notes = []
+    if math.ceil(model.largest_layer * COPY_BYTES * 2) > cluster.live:
+        notes.append(
+            f"the largest submodule has {model.largest_layer / 1e6:.0f} M parameters; to look ahead a trainer needs "
+            "room for two of them (--live)"
+        )
+    measured = MEASURED_RATE[cluster.link]
+    if cluster.server_network > measured:
+        notes.append(
+            f"nobody has measured a server that sends more than {measured / 1e9:.1f} GB/s over {cluster.link}, nor one "
+            "with more than two cores"
+        )
+    if cluster.trainers % cluster.hosts:
+        notes.append("trainers are not spread evenly over the hosts")
+    return tuple(notes)
