@@ -1,6 +1,7 @@
 """A certificate authority for a test cluster, as long as it takes to sign what such a cluster needs."""
 
 import ipaddress
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -9,6 +10,8 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+_LABEL = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?")
 
 _SKEW = timedelta(hours=1)
 """Clocks of other machines may be behind."""
@@ -87,8 +90,7 @@ def _host(text: str) -> x509.GeneralName:
         return x509.IPAddress(ipaddress.ip_address(text.strip("[]")))
     except ValueError:
         pass
-    labels = text.removeprefix("*.").split(".")
-    if not all(label.replace("-", "a").isalnum() and label.isascii() and len(label) < 64 for label in labels):
+    if len(text) > 253 or not all(_LABEL.fullmatch(label) for label in text.removeprefix("*.").split(".")):
         raise ValueError(f"{text!r} is no name and no address of a host; write it as trainers do, without the port")
     return x509.DNSName(text)
 

@@ -8,7 +8,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from protos import PROTOCOL_VERSION, zero_ps_pb2_grpc
+from protos import PROTOCOL_VERSION, SESSION_METADATA, zero_ps_pb2_grpc
 from protos import zero_ps_pb2 as pb
 from ps import LocalCluster
 from ps.access import CALLS, Of
@@ -141,6 +141,38 @@ def test_a_session_is_of_no_use_to_another_token(callers: dict[str, Caller], met
     assert callers[thief].call(method, session) == DENIED
     # And it is still there.
     assert callers["train"].call("Heartbeat", session) == grpc.StatusCode.OK
+
+
+@pytest.mark.parametrize("method", ["Pull", "Push"])
+def test_a_stream_cannot_be_begun_in_the_name_of_anothers_session(callers: dict[str, Caller], method: str) -> None:
+    """Nor take one of the places that a session has for its streams."""
+    session = callers["train"].open("open-f")
+    thief = callers["other"]
+    with pytest.raises(grpc.RpcError) as error:
+        call = getattr(thief.stub, method)
+        next(call(iter([]), timeout=TIMEOUT, metadata=[*thief.metadata, (SESSION_METADATA, session)]))
+    assert error.value.code() == DENIED
+
+
+def test_what_cannot_be_read_is_refused_before_it_is_looked_at(callers: dict[str, Caller]) -> None:
+    """Who has no token learns nothing of it; who has one learns what is wrong."""
+    raw = callers["nobody"].channel.unary_unary("/zero_ps.v1.ParameterServer/OpenJob", bytes, bytes)
+    for who, code in (("nobody", UNKNOWN), ("train", grpc.StatusCode.INVALID_ARGUMENT)):
+        with pytest.raises(grpc.RpcError) as error:
+            raw(b"\xff" * 100, timeout=TIMEOUT, metadata=callers[who].metadata)
+        assert error.value.code() == code
+
+
+def test_a_call_that_does_not_exist_is_said_not_to(callers: dict[str, Caller]) -> None:
+    for service, codes in (
+        ("zero_ps.v1.ParameterServer", {"train": grpc.StatusCode.UNIMPLEMENTED}),
+        ("zero_ps.v1.Other", {"train": DENIED, "admin": grpc.StatusCode.UNIMPLEMENTED}),
+    ):
+        raw = callers["nobody"].channel.unary_unary(f"/{service}/Nothing", bytes, bytes)
+        for who, code in {"nobody": UNKNOWN, **codes}.items():
+            with pytest.raises(grpc.RpcError) as error:
+                raw(b"", timeout=TIMEOUT, metadata=callers[who].metadata)
+            assert error.value.code() == code
 
 
 @pytest.mark.parametrize(
