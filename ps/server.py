@@ -148,9 +148,13 @@ def serve(options: ServeOptions) -> None:
     server = Server(options, data_dir, security)
     stopping = threading.Event()
 
+    # Only of signals: that the parent closes stdin besides says nothing new.
+    received: list[int] = []
+
     def on_signal(number: int, frame: object) -> None:
-        if stopping.is_set():
+        if received:
             os._exit(128 + number)
+        received.append(number)
         stopping.set()
 
     signal.signal(signal.SIGTERM, on_signal)
