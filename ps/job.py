@@ -254,7 +254,7 @@ class Job:
     def _check_staying(self, step: int) -> None:
         with self.monitor:
             if self.leaving and not self.steps.pending:
-                raise Leaving(f"the server is stopping and begins no step {step} of job {self.name!r}")
+                raise Leaving(f"the server is stopping and begins no step {step} of job {self.name!r} any more")
 
     def wait_for_boundary(self, shard: Shard, patience: Patience) -> None:
         """Waits until no step is under way, or until those that would complete one do not come."""
@@ -358,4 +358,5 @@ class Job:
         if shard.failure is not None:
             raise JobFailed(f"{shard.failure}; restore a committed step to go on")
         if version > shard.step:
+            self._check_staying(shard.step)
             self.steps.check_progress(session)

@@ -8,7 +8,7 @@ import pytest
 import trainer
 
 ROOT = Path(__file__).parents[2]
-PAGES = ["README.md", "SECURITY.md", "docs/architecture.md", "docs/security.md"]
+PAGES = ["README.md", "SECURITY.md", "docs/architecture.md", "docs/security.md", "docs/operations.md"]
 
 
 def test_the_api_table_of_the_readme_has_every_public_name() -> None:

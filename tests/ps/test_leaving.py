@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import trainer
+from protos import zero_ps_pb2 as pb
 from ps import LocalCluster
 from tests.models import Residual, seeded, train
 from tests.ps.client import Client, error_of, start_job
@@ -192,6 +193,17 @@ def test_weights_of_which_more_may_come_are_not_committed(server: LocalCluster) 
     assert "may not have assigned all" in server.log(0)
     server.restart(0)
     assert Client(server.addresses[0]).committed_steps == [1]
+
+
+def test_whoever_waits_for_a_step_that_will_not_come_is_told(server: LocalCluster) -> None:
+    (client,) = start_job(server.addresses[0], W, lr=1.0)
+    request = pb.CommitRequest(session_id=client.session_id, step=1, commit_id="ab", timeout_seconds=60)
+    commit = client.stub.Commit.future(request, timeout=60)
+    pull = client.send_pull([0], version=1, timeout=60)
+    terminate(server).wait(20)
+    assert commit.exception(20).code() == grpc.StatusCode.UNAVAILABLE
+    code, message = error_of(lambda: client.receive(pull, 1))
+    assert code == grpc.StatusCode.UNAVAILABLE and "is stopping and begins no step 0" in message
 
 
 def test_a_server_that_stops_opens_no_session(server: LocalCluster) -> None:
