@@ -199,11 +199,12 @@ def test_whoever_waits_for_a_step_that_will_not_come_is_told(server: LocalCluste
     (client,) = start_job(server.addresses[0], W, lr=1.0)
     request = pb.CommitRequest(session_id=client.session_id, step=1, commit_id="ab", timeout_seconds=60)
     commit = client.stub.Commit.future(request, timeout=60)
+    client.call("Heartbeat")
     pull = client.send_pull([0], version=1, timeout=60)
     terminate(server).wait(20)
-    assert commit.exception(20).code() == grpc.StatusCode.UNAVAILABLE
-    code, message = error_of(lambda: client.receive(pull, 1))
+    code, message = error_of(lambda: commit.result(20))
     assert code == grpc.StatusCode.UNAVAILABLE and "is stopping and begins no step 0" in message
+    assert error_of(lambda: client.receive(pull, 1))[0] == grpc.StatusCode.UNAVAILABLE
 
 
 def test_a_server_that_stops_opens_no_session(server: LocalCluster) -> None:
