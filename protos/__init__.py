@@ -11,7 +11,7 @@ import os
 # callers as exceptions; who wants the remarks sets the variable.
 os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 """Raised with every incompatible change of `zero_ps.proto`; peers of another version are refused."""
 
 MESSAGE_BYTES = 1 << 20
@@ -31,3 +31,13 @@ MAX_METADATA_BYTES = 1 << 20
 
 MAX_STALENESS = 64
 """The most steps that trainers may be ahead of updates: servers keep as many more sums of gradients."""
+
+KEEPALIVE = (
+    ("grpc.keepalive_time_ms", 4000),
+    ("grpc.keepalive_timeout_ms", 8000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+)
+"""Options of gRPC connections at both ends: one whose other end does not answer pings is given up after about 12
+seconds, so that a cut cable or a stopped host is noticed on the scale of a lease. The pings are answered by threads
+that need no Python, so that a busy process does not count as gone."""

@@ -114,6 +114,10 @@ class Pair:
         work: dist.Work = self._group.recv([target], self._other, tag)
         return work
 
+    def abort(self) -> None:
+        """Ends what is under way, at once: no memory is written to or read any more. Safe to call twice."""
+        self._group.abort()
+
 
 def _proof(secret: str, rank: int) -> bytes:
     """What the end of this rank shows to the other."""

@@ -38,6 +38,8 @@ CALLS: Mapping[str, Row] = {
     "Status": Row(Right.READ, Of.SOME_JOB),
     "PrepareLink": Row(Right.READ, Of.SOME_JOB),
     "OpenSession": Row(Right.READ, Of.NEW_SESSION),
+    "JoinGroup": Row(Right.TRAIN, Of.NEW_SESSION),
+    "EndGroup": Row(Right.TRAIN),
     "Heartbeat": Row(Right.READ),
     "CloseSession": Row(Right.READ),
     # A read-only session changes nothing that anybody has in memory by these two, see `restore` and `open_job`.
@@ -94,8 +96,8 @@ class Access:
                 f"{method} takes the right '{right.name.lower()}' on a job, which this token has on none"
             )
 
-    def check_new_session(self, caller: Rules, job: str, read_only: bool) -> None:
-        self._check(caller, Right.READ if read_only else Right.TRAIN, job, "OpenSession")
+    def check_new_session(self, method: str, caller: Rules, job: str, read_only: bool) -> None:
+        self._check(caller, Right.READ if read_only else Right.TRAIN, job, method)
 
     def check_session(self, method: str, caller: Rules, session: Session | None) -> None:
         """session: None where the server knows none of that id, which is for the call itself to say."""

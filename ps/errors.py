@@ -26,15 +26,15 @@ class Conflict(ServerError):
 
 
 class SessionEnded(ServerError):
-    """The caller's own session was closed, fenced, or lost its lease."""
+    """The caller's own session was closed, fenced, lost its lease, or is not known here (any more)."""
 
-    code = "FAILED_PRECONDITION"
+    code = "NOT_FOUND"
 
 
 class NotFound(ServerError):
-    """A session or generation that this server does not have (it may have been restarted)."""
+    """A job, generation or array that this server does not have."""
 
-    code = "NOT_FOUND"
+    code = "FAILED_PRECONDITION"
 
 
 class Unauthenticated(ServerError):

@@ -70,7 +70,7 @@ class Guard:
             case Of.SOME_JOB:
                 return self._of_some_job(method, behaviour)
             case Of.NEW_SESSION:
-                return self._of_new_session(behaviour)
+                return self._of_new_session(method, behaviour)
         return self._of_session(method, behaviour)
 
     def stream(self, method: str, behaviour: Behaviour) -> Behaviour:
@@ -99,16 +99,19 @@ class Guard:
 
         return guarded
 
-    def _of_new_session(self, behaviour: Behaviour) -> Behaviour:
-        def guarded(request: pb.OpenSessionRequest | Unreadable, context: grpc.ServicerContext) -> Any:
+    def _of_new_session(self, method: str, behaviour: Behaviour) -> Behaviour:
+        def guarded(
+            request: pb.OpenSessionRequest | pb.JoinGroupRequest | Unreadable, context: grpc.ServicerContext
+        ) -> Any:
             caller = self._caller(context)
             if isinstance(request, Unreadable):
                 return behaviour(request, context)
             try:
-                self._access.check_new_session(caller, request.job, request.read_only)
+                read_only = isinstance(request, pb.OpenSessionRequest) and request.read_only
+                self._access.check_new_session(method, caller, request.job, read_only)
             except ServerError as error:
                 _abort(context, error)
-            response: pb.OpenSessionResponse = behaviour(request, context)
+            response: pb.OpenSessionResponse | pb.JoinGroupResponse = behaviour(request, context)
             session = self._session_of(response.session_id)
             if session is not None:
                 # Before anybody has heard of the session.

@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager, suppress
 
 import torch
 
+from ps.assembly import Applicant, Assembly
 from ps.barrier import Barriers
 from ps.chunk import Chunk
 from ps.errors import Conflict, JobFailed, Leaving, SessionEnded, Timeout
@@ -51,26 +52,37 @@ class Job:
         # Nobody waits for memory while holding the monitor; see `ps.tier.tier`.
         self.shard_lock = threading.RLock()
         self.shard: Shard | None = None
-        self.sessions = Sessions(name, options.lease_seconds, options.max_sessions, self.monitor, self._leave)
+        self.sessions = Sessions(
+            name, options.lease_seconds, options.max_sessions, self.monitor, self._begin, self._leave
+        )
         self.barriers = Barriers(self.sessions, self.monitor)
         self.commits = RunningCommits(name, self.monitor)
         self.updater = Updater(name, self.shard_lock, self.monitor, self.commits, late=options.late_updates)
         self.steps = Steps(name, self.sessions, self.monitor, self.updater)
+        self.assembly = Assembly(name, self.sessions, self.monitor, self._newest_step)
         self._staging: dict[str, Staging] = {}
         self.leaving = False
 
     # ------------------------------------------------------------ sessions
 
-    def open_session(
-        self, rank: int, world_size: int, incarnation: str, read_only: bool, patience: Patience
-    ) -> Session:
-        """A new session; see `Sessions.open`. Returns once updates that were running are done."""
+    def join_group(self, applicant: Applicant, patience: Patience) -> Session:
+        """Waits for a group of trainers to be formed; see `Assembly.join`."""
         with self.monitor:
-            session = self.sessions.open(rank, world_size, incarnation, read_only, patience)
-            self.steps.join(session)
-            self._staging[session.id] = Staging(self.tier, self.new_areas("staging"))
-            if len(self.sessions.living()) == 1:
-                self._drop_useless_state()
+            return self.assembly.join(applicant, patience)
+
+    def expects(self, rank: int, incarnation: str) -> bool:
+        """Whether this trainer's session was begun with its group and is still to be opened."""
+        with self.monitor:
+            session = self.sessions.by_rank().get(rank)
+            return session is not None and session.incarnation == incarnation and not session.claimed
+
+    def open_session(
+        self, rank: int, world_size: int, incarnation: str, read_only: bool, patience: Patience, group: int = 0
+    ) -> Session:
+        """A new session, or the one that was begun with the group; see `Sessions.open`. Returns once updates that were
+        running are done."""
+        with self.monitor:
+            session = self.sessions.open(rank, world_size, incarnation, read_only, patience, group)
         _log.info("job %r: session of %s opened", self.name, session.who)
         shard = self.shard
         if shard is not None:
@@ -80,6 +92,17 @@ class Job:
                 if len(self.sessions.living()) == 1 and self.shard is shard:
                     self._drop_useless_state()
         return session
+
+    def _begin(self, session: Session) -> None:
+        self.steps.join(session)
+        self._staging[session.id] = Staging(self.tier, self.new_areas("staging"))
+        if len(self.sessions.living()) == 1:
+            self._drop_useless_state()
+
+    def _newest_step(self) -> int:
+        """The last step that was made, or that a trainer has asked for; -1 before the first."""
+        made = -1 if self.shard is None else self.shard.step - 1
+        return max(made, self.steps.newest_asked())
 
     def use_link(self, session: Session, chosen: Chosen) -> None:
         """Has a link carry the bytes of a session that was just opened; it is closed with the session."""
@@ -91,6 +114,11 @@ class Job:
     def close_session(self, session: Session) -> None:
         with self.monitor:
             self.sessions.close(session)
+
+    def end_group(self, session: Session, reason: str) -> None:
+        """The session's trainer will join anew, and so has everybody of its group to."""
+        with self.monitor:
+            self.sessions.give_up(session, reason)
 
     def living_sessions(self) -> list[Session]:
         with self.monitor:
@@ -153,6 +181,12 @@ class Job:
 
     def close(self) -> None:
         self.updater.close()
+
+    @property
+    def regroup_at(self) -> int:
+        """See `Assembly.regroup_at`."""
+        with self.monitor:
+            return self.assembly.regroup_at
 
     @property
     def usable_step(self) -> int:

@@ -4,9 +4,12 @@ import logging
 import threading
 import time
 from collections import Counter, OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from protos.names import check_job_name
-from ps.errors import InvalidRequest, Leaving, NotFound, ServerFull, StorageFailed
+from ps.assembly import Applicant
+from ps.errors import InvalidRequest, Leaving, NotFound, ServerFull, SessionEnded, StorageFailed
 from ps.job import Job
 from ps.leaving import leave
 from ps.monitor import Patience
@@ -55,31 +58,59 @@ class Jobs:
         self._reaper.start()
 
     def open_session(
-        self, name: str, rank: int, world_size: int, incarnation: str, read_only: bool, patience: Patience
+        self,
+        name: str,
+        rank: int,
+        world_size: int,
+        incarnation: str,
+        read_only: bool,
+        patience: Patience,
+        group: int = 0,
     ) -> tuple[Job, Session]:
         """A session of a job, which for a trainer need not exist yet. Raises NotFound and ServerFull."""
+        with self._arriving(name, must_exist=read_only, expected=self._is_expected(name, rank, incarnation)) as job:
+            session = job.open_session(rank, world_size, incarnation, read_only, patience, group)
+            with self._lock:
+                self._sessions[session.id] = (job, session)
+        return job, session
+
+    def join_group(self, name: str, applicant: Applicant, patience: Patience) -> Session:
+        """The session of a trainer in a group that was formed; see `Assembly.join`. Raises ServerFull."""
+        with self._arriving(name, must_exist=False) as job:
+            session = job.join_group(applicant, patience)
+            with self._lock:
+                self._sessions[session.id] = (job, session)
+        return session
+
+    def _is_expected(self, name: str, rank: int, incarnation: str) -> bool:
+        """Whether a trainer has a session already, of which it was told when it joined its group."""
+        with self._lock:
+            job = self._jobs.get(name)
+        return job is not None and job.expects(rank, incarnation)
+
+    @contextmanager
+    def _arriving(self, name: str, *, must_exist: bool, expected: bool = False) -> Iterator[Job]:
+        """The job, kept in memory while somebody is about to have a session of it. expected: one that is there."""
         with self._lock:
             if self._leaving:
                 raise Leaving("the server is stopping and opens no session")
-            self._make_room()
-            job = self._job(name, read_only)
+            if not expected:
+                self._make_room()
+            job = self._job(name, must_exist)
             self._arrivals[name] += 1
         try:
-            session = job.open_session(rank, world_size, incarnation, read_only, patience)
-            with self._lock:
-                self._sessions[session.id] = (job, session)
+            yield job
         finally:
             with self._lock:
                 self._arrivals[name] -= 1
                 self._arrivals += Counter()  # Drops what is zero.
-        return job, session
 
     def find(self, session_id: str) -> tuple[Job, Session]:
-        """The living session of this id, its lease renewed. Raises NotFound and SessionEnded."""
+        """The living session of this id, its lease renewed. Raises SessionEnded and RankLost."""
         with self._lock:
             found = self._sessions.get(session_id)
         if found is None:
-            raise NotFound("this server does not know the session; it was restarted since, or is another one")
+            raise SessionEnded("this server does not know the session; it was restarted since, or is another one")
         found[1].touch()
         return found
 

@@ -18,7 +18,7 @@ import torch
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from protos import MAX_MESSAGE_BYTES, zero_ps_pb2
+from protos import KEEPALIVE, MAX_MESSAGE_BYTES, zero_ps_pb2
 from ps.address import split_address
 from ps.errors import StartError
 from ps.guard import Gate, Guard
@@ -89,11 +89,9 @@ class Server:
                 ("grpc.max_concurrent_streams", _CONNECTION_STREAMS),
                 # Whoever connects and says nothing is disconnected.
                 ("grpc.server_handshake_timeout_ms", 20_000),
-                # A client whose machine is gone says nothing, and has streams.
-                ("grpc.keepalive_time_ms", 30_000),
-                ("grpc.keepalive_timeout_ms", 20_000),
-                ("grpc.http2.min_ping_interval_without_data_ms", 5000),
-                ("grpc.keepalive_permit_without_calls", 1),
+                *KEEPALIVE,
+                # Trainers' pings are no abuse.
+                ("grpc.http2.min_ping_interval_without_data_ms", 1000),
             ],
         )
         guard = None if security.access is None else Guard(security.access, self._jobs.peek)

@@ -11,8 +11,9 @@ import grpc
 from protos import PROTOCOL_VERSION, SESSION_METADATA
 from protos import zero_ps_pb2 as pb
 from protos.frames import Data
+from ps.assembly import MAX_GROUP, Applicant
 from ps.commits import CommitRequest, announce, commit, restore
-from ps.errors import Conflict, ServerError
+from ps.errors import Conflict, InvalidRequest, ServerError
 from ps.job import Job
 from ps.jobs import Jobs
 from ps.links import Links
@@ -43,6 +44,7 @@ from ps.wire import (
 
 Request = TypeVar("Request")
 Response = TypeVar("Response")
+_MAX_REASON_CHARS = 1000
 Unary = Callable[["ParameterServer", Request, grpc.ServicerContext], Response]
 
 
@@ -132,7 +134,32 @@ class ParameterServer:
         return self._links.prepare(request)
 
     @_call
-    def OpenSession(self, request: pb.OpenSessionRequest, context: grpc.ServicerContext) -> pb.OpenSessionResponse:
+    def JoinGroup(self, request: pb.JoinGroupRequest, context: grpc.ServicerContext) -> pb.JoinGroupResponse:
+        self._check_peer(request)
+        if request.shard != 0:
+            raise InvalidRequest("groups of trainers are formed at shard 0 alone")
+        applicant = Applicant(
+            incarnation=request.incarnation,
+            rank=request.rank,
+            world_size=request.world_size,
+            elastic=request.elastic,
+            again=request.again,
+            known_group=request.known_group,
+            former_group=request.former_group,
+            keep_session=request.keep_session,
+        )
+        session = self._jobs.join_group(request.job, applicant, _patience(request.timeout_seconds, context))
+        assert session.group is not None
+        return pb.JoinGroupResponse(
+            group=session.group.number,
+            rank=session.rank,
+            world_size=session.world_size,
+            session_id=session.id,
+            lease_seconds=session.lease_seconds,
+        )
+
+    def _check_peer(self, request: pb.OpenSessionRequest | pb.JoinGroupRequest) -> None:
+        """Raises Conflict for a trainer of another version, or that takes this server for another one."""
         options = self._jobs.options
         if request.protocol_version != PROTOCOL_VERSION:
             raise Conflict(
@@ -144,6 +171,12 @@ class ParameterServer:
                 f"this server holds shard {options.index}/{options.num_shards}, the trainer expects shard "
                 f"{request.shard}/{request.num_shards} here; name all servers, in the order of their shards"
             )
+
+    @_call
+    def OpenSession(self, request: pb.OpenSessionRequest, context: grpc.ServicerContext) -> pb.OpenSessionResponse:
+        self._check_peer(request)
+        if request.group > MAX_GROUP:
+            raise InvalidRequest(f"{request.group} is no number of a group")
         chosen = self._links.choose(request.links)
         try:
             job, session = self._jobs.open_session(
@@ -153,6 +186,7 @@ class ParameterServer:
                 request.incarnation,
                 request.read_only,
                 _patience(request.timeout_seconds, context),
+                request.group,
             )
         except BaseException:
             chosen.link.close()
@@ -182,6 +216,14 @@ class ParameterServer:
         job, session = self._jobs.find(request.session_id)
         job.close_session(session)
         return pb.CloseSessionResponse()
+
+    @_at_once
+    def EndGroup(self, request: pb.EndGroupRequest, context: grpc.ServicerContext) -> pb.EndGroupResponse:
+        job, session = self._jobs.find(request.session_id)
+        if session.read_only:
+            raise InvalidRequest("a read-only session is of no group")
+        job.end_group(session, request.reason[:_MAX_REASON_CHARS])
+        return pb.EndGroupResponse()
 
     @_call
     def Barrier(self, request: pb.BarrierRequest, context: grpc.ServicerContext) -> pb.BarrierResponse:
@@ -272,7 +314,7 @@ class ParameterServer:
     def Step(self, request: pb.StepRequest, context: grpc.ServicerContext) -> pb.StepResponse:
         job, session = self._jobs.find(request.session_id)
         job.step_from(session, request.step, decode_step(request), self._update_wait(context))
-        return pb.StepResponse()
+        return pb.StepResponse(regroup_at=job.regroup_at)
 
     @_call
     def AnnounceStep(self, request: pb.AnnounceStepRequest, context: grpc.ServicerContext) -> pb.AnnounceStepResponse:
@@ -338,6 +380,7 @@ def _job_status(job: Job) -> pb.JobStatus:
         resident_bytes=job.resident_bytes,
         sessions=[_session_status(session) for session in job.living_sessions()],
         tags=job.generations.tags(),
+        group=job.sessions.number,
     )
 
 

@@ -1,9 +1,9 @@
-"""Sessions: one trainer process's lease on a job, and who of the trainers is lost."""
+"""Sessions: one trainer process's lease on a job, and the groups in which trainers come and end together."""
 
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from protos.sizes import format_bytes
@@ -15,14 +15,32 @@ _MAX_ID_CHARS = 200
 
 
 @dataclass(eq=False)
+class Group:
+    """Trainers that work together: what a step waits for. They come together and end together.
+
+    number: as shard 0 gave it; 0 where trainers came without one, each when it liked.
+    formed: whether everybody has been there, so that the loss of one is the end of all.
+    lost: why it has ended, or None.
+    left: by rank, who closed its session. The others are told when they wait for it.
+    """
+
+    number: int
+    world_size: int
+    elastic: bool = False
+    formed: bool = False
+    lost: str | None = None
+    left: dict[int, "Session"] = field(default_factory=dict)
+
+
+@dataclass(eq=False)
 class Session:
     """The lease of one trainer process. Times are of the monotonic clock, in seconds."""
 
     job: str
     rank: int
-    world_size: int
     incarnation: str
-    read_only: bool
+    group: Group | None
+    """None for a read-only session."""
     lease_seconds: float
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     owner: bytes = b""
@@ -31,8 +49,12 @@ class Session:
     last_seen: float = field(default_factory=time.monotonic)
     # Time in which nobody could be heard, as the server itself was stopped or starved.
     deaf_seconds: float = 0.0
+    claimed: bool = True
+    """False while its trainer was only told of it, by the answer to JoinGroup."""
     ended: str | None = None
     """Why it ended; None while it lives."""
+    lost: str | None = None
+    """Where it ended with its group: who was lost."""
     chosen: Chosen = field(default_factory=lambda: Chosen(GrpcLink()))
     """The link that carries its bytes."""
     on_end: set[Callable[[], None]] = field(default_factory=set)
@@ -42,16 +64,26 @@ class Session:
     """Of pushes that are arriving."""
     _inflight_lock: threading.Lock = field(default_factory=threading.Lock)
 
+    @property
+    def read_only(self) -> bool:
+        return self.group is None
+
+    @property
+    def world_size(self) -> int:
+        return 0 if self.group is None else self.group.world_size
+
     def check(self) -> None:
-        """Raises SessionEnded unless the session is alive."""
+        """Raises SessionEnded unless the session is alive; RankLost where it ended because another trainer was lost."""
+        if self.lost is not None:
+            raise RankLost(self.lost)
         if self.ended is not None:
             raise SessionEnded(f"this session (rank {self.rank} of job {self.job!r}) has ended: {self.ended}")
 
     def touch(self) -> None:
-        """Any call of a session renews its lease."""
-        self.check()
+        """Any call of a session renews its lease. What has ended stays so, but its trainer is known to live."""
         self.last_seen = time.monotonic()
         self.deaf_seconds = 0.0
+        self.check()
 
     def expect(self, num_bytes: int, limit: int | None = None) -> None:
         """So many bytes more, or fewer, are arriving. Raises ServerFull for more than `limit` of them together."""
@@ -69,6 +101,11 @@ class Session:
         return time.monotonic() - self.last_seen
 
     @property
+    def is_silent(self) -> bool:
+        """Whether the lease has run out; time in which the server heard nobody does not count."""
+        return self.seconds_silent - self.deaf_seconds > self.lease_seconds
+
+    @property
     def who(self) -> str:
         return "a reader" if self.read_only else f"rank {self.rank}/{self.world_size}"
 
@@ -77,7 +114,9 @@ class Sessions:
     """The sessions of one job. Every method expects the job's monitor to be held.
 
     max_sessions: that the server may have, of all jobs.
-    on_end: called once with each session that ends, for whatever reason.
+    number: of the newest group that was heard of.
+    group: the present one, or the last.
+    on_begin, on_end: called once with each session that begins, and that ends for whatever reason.
     """
 
     def __init__(
@@ -86,56 +125,119 @@ class Sessions:
         lease_seconds: float,
         max_sessions: int,
         monitor: Monitor,
+        on_begin: Callable[[Session], None],
         on_end: Callable[[Session], None],
     ) -> None:
+        self.lease_seconds = lease_seconds
+        self.max_sessions = max_sessions
+        self.number = 0
+        self.group: Group | None = None
         self._job = job
-        self._lease_seconds = lease_seconds
-        self._max_sessions = max_sessions
         # Trainers have to find a place, too.
         self._max_readers = max(1, max_sessions // 2)
         self._monitor = monitor
+        self._on_begin = on_begin
         self._on_end = on_end
         self._ranks: dict[int, Session] = {}
         self._readers: dict[str, Session] = {}
-        # The last session of a rank that ended without a successor.
-        self._lost: dict[int, Session] = {}
+        # Of the last group that was lost: their trainers are expected to join anew, as long as they are heard of.
+        self._former: list[Session] = []
         # Trainers that were refused since the present group formed: (rank, world size, when).
         self._refused: tuple[int, int, float] | None = None
 
-    def open(self, rank: int, world_size: int, incarnation: str, read_only: bool, patience: Patience) -> Session:
-        """A new session. It fences an older one of the same rank.
+    # ------------------------------------------------------------ beginning
 
-        Raises InvalidRequest, and Conflict when living trainers state another world size.
+    def open(
+        self, rank: int, world_size: int, incarnation: str, read_only: bool, patience: Patience, number: int = 0
+    ) -> Session:
+        """A new session, of the group of that number. It fences an older one of the same rank, and a newer group
+        all of an older one.
+
+        Raises InvalidRequest, Conflict when living trainers state another world size, and RankLost for a group that
+        has ended.
         """
-        if not incarnation or len(incarnation) > _MAX_ID_CHARS:
-            raise InvalidRequest(f"incarnation has to have 1 to {_MAX_ID_CHARS} characters")
-        if not read_only:
-            if not 1 <= world_size <= self._max_sessions:
-                raise InvalidRequest(
-                    f"world size has to be 1 to {self._max_sessions}, not {world_size}: that is how many sessions this "
-                    "server may have (--max-sessions)"
-                )
-            if rank >= world_size:
-                raise InvalidRequest(f"rank {rank} does not exist in a world of size {world_size}")
-            self._wait_for_world(rank, world_size, patience)
-        session = Session(self._job, rank, world_size, incarnation, read_only, self._lease_seconds)
+        check_incarnation(incarnation)
         if read_only:
-            if len(self._readers) >= self._max_readers:
-                raise ServerFull(
-                    f"job {self._job!r} has {self._max_readers} read-only sessions, the most it may have: half of "
-                    "--max-sessions"
-                )
-            self._readers[session.id] = session
-            return session
-        if rank in self._ranks:
-            self._end(self._ranks[rank], f"a newer trainer took over rank {rank}")
-        self._lost.pop(rank, None)
+            return self._open_reader(incarnation)
+        self.check_rank(rank, world_size)
+        if number:
+            group = self._enter(number, world_size)
+        else:
+            self.wait_for_world(rank, world_size, patience)
+            group = self._arrive(rank, world_size)
+        present = self._ranks.get(rank)
+        if present is not None and present.incarnation == incarnation and not present.claimed:
+            present.claimed = True
+            return present
+        if present is not None:
+            self._end(present, f"a newer trainer took over rank {rank}")
+            if group.lost is not None:
+                raise RankLost(group.lost)
+        group.left.pop(rank, None)
+        session = self._add(rank, incarnation, group)
+        group.formed = group.formed or len(self._ranks) == world_size
+        return session
+
+    def begin(self, number: int, incarnations: Sequence[str], elastic: bool) -> list[Session]:
+        """The sessions of a group that was just formed, by rank; none of them is claimed yet."""
+        group = self._enter(number, len(incarnations))
+        group.elastic = elastic
+        sessions = [self._add(rank, incarnation, group) for rank, incarnation in enumerate(incarnations)]
+        for session in sessions:
+            session.claimed = False
+        return sessions
+
+    def _open_reader(self, incarnation: str) -> Session:
+        if len(self._readers) >= self._max_readers:
+            raise ServerFull(
+                f"job {self._job!r} has {self._max_readers} read-only sessions, the most it may have: half of "
+                "--max-sessions"
+            )
+        session = Session(self._job, 0, incarnation, None, self.lease_seconds)
+        self._readers[session.id] = session
+        self._on_begin(session)
+        return session
+
+    def _add(self, rank: int, incarnation: str, group: Group) -> Session:
+        session = Session(self._job, rank, incarnation, group, self.lease_seconds)
         self._ranks[rank] = session
+        self._on_begin(session)
         self._monitor.changed()
         return session
 
-    def _wait_for_world(self, rank: int, world_size: int, patience: Patience) -> None:
-        """Waits for the leases of a former group; one that is renewed meanwhile is no former group."""
+    def _enter(self, number: int, world_size: int) -> Group:
+        """The group of a number, which may be the first that this server hears of it."""
+        group = self.group
+        if number < self.number:
+            raise RankLost(f"group {number} of the trainers of job {self._job!r} was followed by group {self.number}")
+        if group is None or number > self.number:
+            self.end_group("the trainers of the job joined anew, in a group that this one is not of")
+            self.number = number
+            group = self.group = Group(number, world_size, formed=True)
+            self._former.clear()
+            self._refused = None
+        if group.number != number or group.lost is not None:
+            raise RankLost(group.lost or f"group {number} of the trainers of job {self._job!r} has ended")
+        if group.world_size != world_size:
+            raise InvalidRequest(f"group {number} has {group.world_size} trainers, not {world_size}")
+        return group
+
+    def _arrive(self, rank: int, world_size: int) -> Group:
+        """The group of a trainer that comes without one."""
+        group = self.group
+        if rank in self._ranks and group is not None and group.formed:
+            self._end(self._ranks[rank], f"a newer trainer took over rank {rank}")
+        if group is None or group.number or group.lost is not None or not self._ranks:
+            self.end_group("trainers came that are of no group")
+            group = self.group = Group(0, world_size)
+            self._former.clear()
+        return group
+
+    def wait_for_world(self, rank: int, world_size: int, patience: Patience) -> None:
+        """Waits for the leases of a former group of another size; one that is renewed meanwhile is no former group.
+
+        Raises Conflict then.
+        """
         arrived = time.monotonic()
 
         def others() -> list[Session]:
@@ -147,10 +249,7 @@ class Sessions:
                 if other.last_seen > arrived:
                     self._refused = (rank, world_size, time.monotonic())
                     self._monitor.changed()
-                    raise Conflict(
-                        f"trainers disagree on world size: rank {other.rank} says {other.world_size}, "
-                        f"this trainer (rank {rank}) says {world_size}"
-                    )
+                    raise disagreement(other.rank, other.world_size, rank, world_size)
 
         self._monitor.wait_until(
             lambda: not others(),
@@ -162,17 +261,62 @@ class Sessions:
             give_up,
         )
 
+    # ------------------------------------------------------------ ending
+
     def close(self, session: Session) -> None:
-        if session.ended is None:
-            self._end(session, "its trainer closed it")
+        """A trainer leaves in order: the others may go on as far as they can without it."""
+        if session.ended is None and session.group is not None:
+            session.group.left[session.rank] = session
+        self._end(session, "its trainer closed it", alone=True)
 
     def expire(self, deaf_seconds: float = 0.0) -> None:
         """Ends the sessions whose lease ran out; time in which the server heard nobody does not count."""
-        for session in self.living():
+        for session in [*self.living(), *self._former]:
             session.deaf_seconds += deaf_seconds
-            silent = session.seconds_silent - session.deaf_seconds
-            if silent > session.lease_seconds:
+        for session in self.living():
+            if session.ended is None and session.is_silent:
+                silent = session.seconds_silent - session.deaf_seconds
                 self._end(session, f"its lease ended after {silent:.1f} s without a sign of life")
+
+    def give_up(self, session: Session, reason: str) -> None:
+        """A trainer cannot go on and will join anew: so will all of its group."""
+        self._end(session, f"its trainer joins the job anew: {reason}")
+
+    def end_group(self, why: str) -> None:
+        """Ends the present group, of which nobody in particular was lost."""
+        if self.group is not None and self.group.lost is None:
+            self.group.lost = f"the group of trainers of job {self._job!r} has ended: {why}"
+        for session in list(self._ranks.values()):
+            self._end_one(session, why)
+
+    def _end(self, session: Session, why: str, *, alone: bool = False) -> None:
+        """Ends a session and, unless it leaves in order, its group if that was formed."""
+        if session.ended is not None:
+            return
+        group = session.group
+        self._end_one(session, why)
+        if group is None or alone:
+            return
+        if not group.formed:
+            group.left[session.rank] = session
+            return
+        group.lost = f"rank {session.rank} of job {self._job!r} is lost: {why}"
+        for other in list(self._ranks.values()):
+            if other.group is group:
+                self._end_one(other, f"rank {session.rank} was lost", group.lost)
+
+    def _end_one(self, session: Session, why: str, lost: str | None = None) -> None:
+        session.ended, session.lost = why, lost
+        if session.read_only:
+            self._readers.pop(session.id, None)
+        elif self._ranks.get(session.rank) is session:
+            del self._ranks[session.rank]
+            if session.group is not None and session.group.formed and session.rank not in session.group.left:
+                self._former.append(session)
+        self._on_end(session)
+        self._monitor.changed()
+
+    # ------------------------------------------------------------ who is there
 
     def living(self) -> list[Session]:
         return [*self._ranks.values(), *self._readers.values()]
@@ -186,18 +330,33 @@ class Sessions:
             return None
         return [self._ranks[rank] for rank in range(world_size)]
 
-    def check_group(self, session: Session) -> None:
-        """Raises RankLost when a trainer that `session` worked with is gone.
+    def expected(self) -> list[Session]:
+        """Of the present group or the last one, those whose trainers live and did not leave."""
+        return [*self._ranks.values(), *(session for session in self._former if not session.is_silent)]
 
-        One that fell silent before `session` began belongs to a former run, and its successor may still
-        be on the way.
+    def check_rank(self, rank: int, world_size: int) -> None:
+        """Raises InvalidRequest."""
+        if not 1 <= world_size <= self.max_sessions:
+            raise InvalidRequest(
+                f"world size has to be 1 to {self.max_sessions}, not {world_size}: that is how many sessions this "
+                "server may have (--max-sessions)"
+            )
+        if rank >= world_size:
+            raise InvalidRequest(f"rank {rank} does not exist in a world of size {world_size}")
+
+    def check_group(self, session: Session) -> None:
+        """Raises RankLost when a trainer that `session` waits for is gone.
+
+        Where trainers come one by one, one that fell silent before `session` began belongs to a former run, and its
+        successor may still be on the way.
         """
         session.check()
-        if session.read_only:
+        group = session.group
+        if group is None:
             return
-        for rank, lost in sorted(self._lost.items()):
-            if rank < session.world_size and lost.last_seen > session.opened_at:
-                raise RankLost(f"rank {rank} of job {self._job!r} is lost: {lost.ended}")
+        for rank, gone in sorted(group.left.items()):
+            if group.number or gone.last_seen > session.opened_at:
+                raise RankLost(f"rank {rank} of job {self._job!r} is lost: {gone.ended}")
 
     def check_world(self, session: Session) -> None:
         """Raises Conflict when a rank is missing and a trainer with another world size was refused."""
@@ -205,17 +364,17 @@ class Sessions:
             return
         rank, world_size, when = self._refused
         if when > session.opened_at:
-            raise Conflict(
-                f"trainers disagree on world size: rank {rank} says {world_size}, "
-                f"this trainer (rank {session.rank}) says {session.world_size}"
-            )
+            raise disagreement(rank, world_size, session.rank, session.world_size)
 
-    def _end(self, session: Session, why: str) -> None:
-        session.ended = why
-        if session.read_only:
-            self._readers.pop(session.id, None)
-        elif self._ranks.get(session.rank) is session:
-            del self._ranks[session.rank]
-            self._lost[session.rank] = session
-        self._on_end(session)
-        self._monitor.changed()
+
+def check_incarnation(incarnation: str) -> None:
+    """Raises InvalidRequest."""
+    if not incarnation or len(incarnation) > _MAX_ID_CHARS:
+        raise InvalidRequest(f"incarnation has to have 1 to {_MAX_ID_CHARS} characters")
+
+
+def disagreement(rank: int, world_size: int, own_rank: int, own_world_size: int) -> Conflict:
+    return Conflict(
+        f"trainers disagree on world size: rank {rank} says {world_size}, "
+        f"this trainer (rank {own_rank}) says {own_world_size}"
+    )

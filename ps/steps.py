@@ -89,6 +89,10 @@ class Steps:
     def resident_bytes(self) -> int:
         return sum(c.resident_bytes for c in list(self._contributions.values()))
 
+    def newest_asked(self) -> int:
+        """The last step that a trainer of the present group has asked for, or -1; expects the monitor to be held."""
+        return max((self._contributions[s.id].stepped for s in self._sessions.by_rank().values()), default=-1)
+
     def of(self, session: Session) -> Contributions:
         """Raises SessionEnded; InvalidRequest for a session that has no rank."""
         session.check()

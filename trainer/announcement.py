@@ -119,6 +119,13 @@ class Announcement:
         self._groups = None
         self._final.clear()
 
+    def forget(self) -> None:
+        """Servers know of no announcement any more."""
+        self.running = False
+        self._groups = None
+        self._final.clear()
+        self._forget_backward()
+
     def _forget_backward(self) -> None:
         self._came.clear()
         self._needed.clear()

@@ -148,6 +148,18 @@ class Coordinator:
         self.forecast.stepped()
         self._keep_what_comes()
 
+    def forget(self) -> None:
+        """The links have ended, and what is here was perhaps never a state of the job: all of it goes."""
+        self._end_broken_pass()
+        self._drain()
+        self._unsaved.clear()
+        self.assigned = False
+        self._plan.forget()
+        self.forecast.stepped()
+        self._private.clear()
+        self._serving = ()
+        self.discard_all()
+
     def _begin_pass(self) -> None:
         for state in self._private:
             # Gathered once more with the other ranks, to the same bytes, if the pass needs it.

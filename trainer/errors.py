@@ -17,6 +17,18 @@ class ConnectError(ZeroPsError):
     """A server cannot be reached, is not the one that was expected, or went away."""
 
 
+class ServerLost(ConnectError):
+    """A server does not answer, or stopped answering: it may come back."""
+
+
+class NoCommonState(ConnectError):
+    """The servers hold nothing from which the job can go on."""
+
+
+class SessionLost(ZeroPsError):
+    """A server does not know this trainer's session any more: its lease ran out, or the server was started anew."""
+
+
 class RequestRefused(ZeroPsError):
     """A server answered that a request is not valid in its present state; it says why."""
 

@@ -277,6 +277,14 @@ class Gradients:
         for state in self._sent:
             state.contributions = 0
 
+    def forget(self) -> None:
+        """Servers have none of the gradients any more, so there are none."""
+        self._begin_anew()
+        for state in self._sent:
+            state.contributions = 0
+            _set_grad(state, None)
+        self._sent.clear()
+
     @property
     def skipped(self) -> int:
         """How often gradients that were found not to be finite led to no step."""

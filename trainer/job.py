@@ -1,8 +1,10 @@
 """A job as one trainer sees it."""
 
+import atexit
+import contextlib
 import json
-import uuid
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import TracebackType
@@ -11,14 +13,20 @@ from typing import TYPE_CHECKING
 from protos import MAX_METADATA_BYTES, names
 from protos import zero_ps_pb2 as pb
 from trainer.commit import Commit
+from trainer.connection import Connection
 from trainer.errors import ConfigError, ZeroPsError
 from trainer.links import Link, Outbox
-from trainer.server import Server, call_all
-from trainer.session import Session
+from trainer.membership import Wish
+from trainer.recovery import recover, recovering
+from trainer.server import Server, call_all, new_id
 from trainer.transfer import Transfer
 
 if TYPE_CHECKING:
     from trainer.offload import OffloadedModel
+
+
+open_jobs: "weakref.WeakSet[Job]" = weakref.WeakSet()
+"""Whose sessions end with this process; see `_leave`."""
 
 
 @dataclass
@@ -32,48 +40,65 @@ class Stats:
 class Job:
     """One model's training state on a set of servers. Made by `trainer.connect`; a context manager.
 
-    name, rank, world_size, read_only: as given to `connect`.
+    name, read_only: as given to `connect`.
+    rank, world_size: this trainer's place. In an elastic job they may be others after a recovery.
     step: how many optimizer steps the parameters have been through.
     exists: whether the servers have state of this job, so that a model's initial values do not count.
     metadata: the JSON object that was given to the commit that the state stems from.
     """
 
-    def __init__(
-        self,
-        *,
-        name: str,
-        rank: int,
-        world_size: int,
-        read_only: bool,
-        servers: Sequence[Server],
-        session: Session,
-        links: Sequence[Link],
-        outbox: Outbox | None,
-        timeout: float,
-    ) -> None:
-        self.name = name
-        self.rank = rank
-        self.world_size = world_size
-        self.read_only = read_only
+    def __init__(self, wish: Wish, timeout: float) -> None:
+        """Not connected yet; see `trainer.recovery.connected`."""
+        self.name = wish.job
+        self.read_only = wish.read_only
         self.step = 0
         self.exists = False
         self.metadata: dict[str, object] = {}
         # Step and id of the newest commit that every server is known to have.
         self.complete: tuple[int, str] | None = None
+        # Whether the state was loaded from a commit when this trainer was connected last.
+        self.restored = False
+        # The step after which the trainers of an elastic job regroup, as another one waits to join; 0 while none does.
+        self.regroup_at = 0
         self.stats = Stats()
         self.timeout = timeout
-        self.servers = servers
-        self.links = links
-        self.outbox = outbox
+        self.wish = wish
+        self.connection: Connection
         self.transfer = Transfer(self)
         self.model: OffloadedModel | None = None
         # Why no more steps can be made, if so.
         self.broken: ZeroPsError | None = None
-        self._session = session
         # The last commit, which may be under way.
         self.last_commit = Commit(0)
+        # How often in a row the body of `recovering` failed.
+        self.failures = 0
         self._barriers = 0
         self._closed = False
+        open_jobs.add(self)
+
+    @property
+    def rank(self) -> int:
+        return self.connection.place.rank
+
+    @property
+    def world_size(self) -> int:
+        return self.connection.place.world_size
+
+    @property
+    def elastic(self) -> bool:
+        return self.wish.elastic
+
+    @property
+    def servers(self) -> Sequence[Server]:
+        return self.connection.servers
+
+    @property
+    def links(self) -> Sequence[Link]:
+        return self.connection.links
+
+    @property
+    def outbox(self) -> Outbox | None:
+        return self.connection.outbox
 
     def __repr__(self) -> str:
         return f"Job({self.name!r}, step={self.step}, rank={self.rank}/{self.world_size}, servers={len(self.servers)})"
@@ -182,14 +207,49 @@ class Job:
 
     def _disconnect(self) -> None:
         self._closed = True
+        open_jobs.discard(self)
         if self.model is not None:
             self.model.leave()
-        for link in self.links:
-            link.close()
-        self.outbox = None
-        self._session.close()
-        for server in self.servers:
-            server.close()
+        self.connection.close()
+
+    def recover(self, timeout: float | None = None) -> int:
+        """Joins the job anew after servers or other trainers were lost, with the same model and optimizer.
+
+        Whatever was under way is dropped: the running step's gradients, and what is here of parameters. Waits for
+        servers that are gone, and for the other trainers, which all join anew, too; in an elastic job for those that
+        are still alive. Goes on as `trainer.connect` does: from the servers' memory if all have the same step there,
+        else from the newest commit that all have. Returns that step, which is `step` from here on.
+
+        timeout: seconds; None for the job's own. The error after them names what was waited for.
+        """
+        return recover(self, timeout)
+
+    def recovering(
+        self,
+        on_rewind: Callable[[int], None] | None = None,
+        *,
+        on_lost: Callable[[ZeroPsError], None] | None = None,
+        timeout: float | None = None,
+    ) -> AbstractContextManager[None]:
+        """Context of one training step, which recovers from the loss of servers and other trainers.
+
+            while job.step < steps:
+                with job.recovering():
+                    x, y = batch(job.step)
+                    loss_of(model(x), y).backward()
+                    optimizer.step()
+                    optimizer.zero_grad()
+
+        An error inside that joining anew can mend (ConnectError, TrainerLost, SessionLost, StepHalfDone,
+        DeadlineExceeded) ends the body, and not the program: `recover` is called, and the loop goes on at `step`, which
+        may be an earlier one. All other errors pass, as does one that could not be mended within `timeout`. On entry
+        the trainers of an elastic job take in one that waits to join.
+
+        on_rewind: called with the step that comes next if it is not the one after this: the batch has to be made again,
+            or an earlier one. Not needed where batches are functions of the step.
+        on_lost: called with the error before anything is done about it.
+        """
+        return recovering(self, on_rewind, on_lost, timeout)
 
     def __enter__(self) -> "Job":
         return self
@@ -211,7 +271,19 @@ class Job:
             raise ConfigError(f"job {self.name!r} is closed; connect again")
         if self.broken is not None:
             raise self.broken
-        self._session.check()
+        self.connection.session.check()
+
+    def adopt(self, connection: Connection) -> None:
+        """Has another connection from here on. What was under way over the former one is forgotten."""
+        self.connection = connection
+        weights, self.transfer = self.transfer.weights, Transfer(self)
+        self.transfer.weights = weights
+        self.broken = None
+        self.last_commit = Commit(0)
+        self.regroup_at = 0
+        self._barriers = 0
+        if self.model is not None:
+            self.model.forget()
 
     def barrier(self, what: str, payload: bytes = b"", timeout: float | None = None) -> list[bytes]:
         """Waits for all ranks to call this at the same point and returns their payloads by rank.
@@ -225,17 +297,12 @@ class Job:
         server = self.servers[0]
         request = pb.BarrierRequest(
             session_id=server.session_id,
-            tag=f"{self._barriers} {what}",
+            tag=f"{self.connection.place.group}.{self._barriers} {what}",
             payload=payload,
             timeout_seconds=timeout,
         )
         response: pb.BarrierResponse = server.call("Barrier", request, timeout + 5)
         return list(response.payloads)
-
-
-def new_id() -> str:
-    """An id for a commit or a restore, which no other one has."""
-    return uuid.uuid4().hex
 
 
 def _of_session(request: pb.CommitRequest, server: Server) -> pb.CommitRequest:
@@ -250,3 +317,11 @@ def _as_json(metadata: Mapping[str, object]) -> str:
         return json.dumps(dict(metadata))
     except (TypeError, ValueError) as error:
         raise ConfigError(f"metadata has to be a JSON object, with names as keys: {error}") from None
+
+
+@atexit.register
+def _leave() -> None:
+    """Ends the sessions of a process that did not close its jobs, so that the others need not wait for its lease."""
+    for job in list(open_jobs):
+        with contextlib.suppress(Exception):
+            job.connection.close()

@@ -19,7 +19,14 @@ def open_group(job: Job, config: OffloadConfig) -> TrainerGroup | None:
     if job.read_only:
         return None
     ranks, hindrance = _ranks(job, config)
-    if config.mode == "direct":
+    if job.elastic and config.mode == "group":
+        raise ConfigError(
+            "OffloadConfig(mode='group') is for a fixed set of trainers, and this job was connected with elastic=True; "
+            "use mode='direct' or 'auto', or connect without elastic"
+        )
+    if job.elastic:
+        hindrance = "the job is elastic"
+    elif config.mode == "direct":
         hindrance = "it has mode='direct'"
     elif config.max_staleness:
         hindrance = "it has max_staleness, with which each trainer pulls on its own"

@@ -105,6 +105,7 @@ class OffloadedModel:
     """A model, its parameters' states and the hooks on it. The owner of released parameters."""
 
     def __init__(self, model: nn.Module, job: Job, config: OffloadConfig, device: torch.device | None) -> None:
+        self._module = weakref.ref(model)
         self.job = job
         self.config = config
         self.memory = MemoryPool()
@@ -124,7 +125,7 @@ class OffloadedModel:
         self.states: list[OffloadedParameter] = []
         for name, param in model.named_parameters():
             self._take(name, param, remotes[name], device)
-        self._buffers = [(_materialised(model, name, device), remotes[name]) for name, _ in persistent_buffers(model)]
+        self.buffers = [(_materialised(model, name, device), remotes[name]) for name, _ in persistent_buffers(model)]
         self._move_buffers(model, device)
         self._lookups = [
             sparse_rows.RowLookup(module, state) for module in tables if (state := offloaded(module.weight)) is not None
@@ -136,6 +137,14 @@ class OffloadedModel:
         # them it says that it has nothing to do.
         model.__dict__[_DDP_IGNORES] = [state.name for state in self.states]
         job.model = self
+
+    @property
+    def module(self) -> nn.Module:
+        """The model itself."""
+        module = self._module()
+        if module is None:
+            raise ConfigError(f"the model of job {self.job.name!r} does not exist any more; connect again for another")
+        return module
 
     def __deepcopy__(self, memo: object) -> "OffloadedModel":
         raise TypeError(
@@ -237,6 +246,32 @@ class OffloadedModel:
         self.coordinator.sweep()
         self.coordinator.discard_all()
 
+    def forget(self) -> None:
+        """The sessions have ended: nothing that is here or on its way counts any more, nor what servers were told."""
+        self._forget_backwards()
+        end_abandoned(self)
+        self.announcement.forget()
+        self.gradients.forget()
+        self.coordinator.forget()
+        for state in self.states:
+            state.version, state.stale = NOT_HERE, False
+            # A graph of before has no backward any more.
+            state.edition = (state.edition[0] + 1, ())
+
+    def reopen(self) -> None:
+        """States to the servers of new sessions what those of before were told: the model and its optimizer."""
+        # As a trainer does that comes for the first time, which some of the others may be.
+        open_group(self.job, self.config)
+        remotes = open_job(self.module, self.job)
+        for state in self.states:
+            state.remote = remotes[state.name]
+        self.buffers = [(buffer, remotes[remote.name]) for buffer, remote in self.buffers]
+        if self.job.restored:
+            self._read_buffers()
+        optimizer = None if self.optimizer is None else self.optimizer()
+        if optimizer is not None:
+            optimizer.state_again()
+
     def between_passes(self) -> None:
         """Releases what a pass left that did not come to its end."""
         self._forget_backwards()
@@ -318,7 +353,7 @@ class OffloadedModel:
         if note.edition != state.edition[0]:
             raise RuntimeError(
                 f"parameter {state.name!r} is needed for gradient computation, but its values were replaced between "
-                "forward and backward, by gathered(modify=True) or load_state_dict()"
+                "forward and backward, by gathered(modify=True), load_state_dict() or a recovery"
             )
         if in_backward():
             self._fetch_for_backward(state)
@@ -358,7 +393,7 @@ class OffloadedModel:
 
     def write_buffers(self) -> None:
         """Sends the persistent buffers as they are, to become part of a commit."""
-        for buffer, remote in self._buffers:
+        for buffer, remote in self.buffers:
             data = buffer().detach().to("cpu").contiguous()
             if tuple(data.shape) != remote.grid.shape:
                 raise ConfigError(
@@ -369,9 +404,9 @@ class OffloadedModel:
         self.job.transfer.flush()
 
     def _read_buffers(self) -> None:
-        if not self._buffers:
+        if not self.buffers:
             return
-        targets = [(buffer(), remote) for buffer, remote in self._buffers]
+        targets = [(buffer(), remote) for buffer, remote in self.buffers]
         landed = [torch.empty(t.numel() * t.element_size(), dtype=torch.uint8) for t, _ in targets]
         self.job.transfer.pull(
             [Destination(remote, data, t.dtype) for (t, remote), data in zip(targets, landed, strict=True)],

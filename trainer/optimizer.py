@@ -145,6 +145,10 @@ class RemoteOptimizer(StatefulOptimizer):
         except RequestRefused as error:
             raise JobMismatch(str(error)) from None
 
+    def state_again(self) -> None:
+        """Tells the servers of new sessions what those of before were told."""
+        self._send_groups()
+
     def _state_thawed(self) -> None:
         """Tells the servers of parameters that take gradients since they were told last."""
         if not set(self._trained).issuperset(self._find_trained()):
@@ -196,7 +200,7 @@ class RemoteOptimizer(StatefulOptimizer):
         if not model.announcement.made:
             self._state_thawed()
         job.transfer.flush()
-        call_all(
+        answers: list[pb.StepResponse] = call_all(
             job.servers,
             "Step",
             lambda server: pb.StepRequest(
@@ -207,6 +211,7 @@ class RemoteOptimizer(StatefulOptimizer):
             ),
             job.timeout,
         )
+        job.regroup_at = answers[0].regroup_at
         # Made although somebody was told of gradients that are not finite.
         model.gradients.found_nonfinite = False
         job.step += 1

@@ -32,6 +32,12 @@ class PlanSender:
         self._sent: list[_Use] = []
         self._calls: list[Any] = []
 
+    def forget(self) -> None:
+        """Servers have no plan of this trainer's any more."""
+        self._uses.clear()
+        self._asked.clear()
+        self._sent, self._calls = [], []
+
     def asked(self, states: Iterable[OffloadedParameter]) -> None:
         """Parameters were asked of the servers."""
         self._asked.update(states)

@@ -10,6 +10,8 @@ from trainer.errors import (
     RequestRefused,
     ServerFailure,
     ServerFull,
+    ServerLost,
+    SessionLost,
     TrainerLost,
     ZeroPsError,
 )
@@ -30,12 +32,14 @@ def from_stream_error(address: str, code: grpc.StatusCode | int, message: str) -
     text = f"server {address}: {message}"
     match code:
         case grpc.StatusCode.UNAVAILABLE:
-            return ConnectError(
-                f"{text}; the server is gone or the network is cut. Start it again with the same "
-                "--data-dir, then start the trainers again: they go on from the last commit"
-            )
+            return gone(text)
+        case grpc.StatusCode.UNKNOWN if message.startswith("Stream removed"):
+            # As gRPC calls some ends of a connection.
+            return gone(text)
         case grpc.StatusCode.CANCELLED:
-            return ConnectError(text)
+            return ServerLost(text)
+        case grpc.StatusCode.NOT_FOUND:
+            return SessionLost(f"{text}; job.recovering() or job.recover() joins again, or start this trainer again")
         case grpc.StatusCode.DEADLINE_EXCEEDED:
             return DeadlineExceeded(text)
         case grpc.StatusCode.ABORTED:
@@ -51,3 +55,11 @@ def from_stream_error(address: str, code: grpc.StatusCode | int, message: str) -
         case grpc.StatusCode.UNIMPLEMENTED:
             return ConnectError(f"{text}; is it a zero-ps server of this version?")
     return RequestRefused(text)
+
+
+def gone(text: str) -> ServerLost:
+    """The error for a server that went away; text: which, and what was seen of that."""
+    return ServerLost(
+        f"{text}; the server is gone or the network is cut. Start it again with the same --data-dir: trainers whose "
+        "loop uses job.recovering() wait for it, others are started again and go on from the last commit"
+    )

@@ -2,17 +2,18 @@
 
 import socket
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import grpc
 
-from protos import MAX_MESSAGE_BYTES, PROTOCOL_VERSION, SESSION_METADATA
+from protos import KEEPALIVE, MAX_MESSAGE_BYTES, PROTOCOL_VERSION, SESSION_METADATA
 from protos import zero_ps_pb2 as pb
 from protos import zero_ps_pb2_grpc as pb_grpc
 from protos.credentials import Credentials
 from protos.handshake import why_refused
-from trainer.errors import ConfigError, ConnectError
+from trainer.errors import ConfigError, ConnectError, ServerLost
 from trainer.rpc import from_rpc_error
 
 _OPTIONS = [
@@ -20,6 +21,11 @@ _OPTIONS = [
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     # Two jobs of one process must not share a connection: one's bulk would delay the other's control.
     ("grpc.use_local_subchannel_pool", 1),
+    # A server that is started again is found soon. gRPC adds jitter.
+    ("grpc.initial_reconnect_backoff_ms", 50),
+    ("grpc.min_reconnect_backoff_ms", 2000),
+    ("grpc.max_reconnect_backoff_ms", 2000),
+    *KEEPALIVE,
 ]
 
 
@@ -42,6 +48,8 @@ class Server:
         self.session_id = ""
         # What the server said of the kinds of link that it allows.
         self.links: Sequence[pb.ServerLink] = ()
+        # By job, the newest group of trainers that the server knew of.
+        self.groups: dict[str, int] = {}
         try:
             self._metadata = credentials.metadata(address)
             self._channel = credentials.open_channel(address, _OPTIONS)
@@ -69,7 +77,7 @@ class Server:
                 socket.getaddrinfo(host.strip("[]"), int(port))
             except OSError as error:
                 raise ConnectError(f"server {self.address}: the name does not resolve ({error.strerror})") from None
-            raise ConnectError(
+            raise ServerLost(
                 f"no parameter server answers at {self.address} after {timeout:.2g} s; check the address and "
                 f"that the server runs (zero-ps serve --shard I/N --data-dir DIR --listen {self.address})"
             ) from None
@@ -84,6 +92,7 @@ class Server:
                 "zero-ps on both"
             )
         self.links = tuple(status.links)
+        self.groups = {job.name: job.group for job in status.jobs}
         return status
 
     def stream(
@@ -195,3 +204,8 @@ def parse_addresses(addresses: str | Sequence[str]) -> list[str]:
     if len(set(parts)) != len(parts):
         raise ConfigError(f"a server address is named twice: {', '.join(parts)}")
     return parts
+
+
+def new_id() -> str:
+    """An id for a commit or a restore, which no other one has."""
+    return uuid.uuid4().hex

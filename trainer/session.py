@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import threading
-import uuid
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,64 +11,62 @@ import grpc
 
 from protos import PROTOCOL_VERSION
 from protos import zero_ps_pb2 as pb
-from trainer.errors import RequestRefused, ZeroPsError
+from trainer.errors import RequestRefused, SessionLost, TrainerLost, ZeroPsError
+from trainer.membership import Place, Wish
 from trainer.server import Server, call_all, finish_all
 
 _UNKNOWN_LEASE_SECONDS = 3.0
 
+_FAREWELL_SECONDS = 1.0
+"""How long a trainer that will come again waits for servers to hear of it. One that does not answer is gone, or finds
+out when the lease ends."""
+
 
 class Session:
-    """Opens a session with each server and renews it from a thread until `close`.
+    """Renews its lease with each server from a thread, until `close` or `stop`. Opened by `open`.
 
-    offers: of links, to each server.
-    error: why a server no longer accepts this session (its lease ended, a newer process took the
-        rank), or None.
+    place: among the trainers of the job. lease_seconds: if shard 0 gave one with the place.
+    states: what the servers answered, by shard.
+    error: why a server no longer accepts this session (its lease ended, a newer process took the rank, another
+        trainer was lost), or None.
     """
 
-    def __init__(
-        self,
-        servers: Sequence[Server],
-        offers: Sequence[Sequence[pb.LinkOffer]],
-        *,
-        job: str,
-        rank: int,
-        world_size: int,
-        read_only: bool,
-        timeout: float,
-    ) -> None:
+    def __init__(self, servers: Sequence[Server], wish: Wish, place: Place, lease_seconds: float | None = None) -> None:
         self.error: ZeroPsError | None = None
+        self.states: list[pb.OpenSessionResponse] = []
         self._servers = servers
+        self._wish = wish
+        self._place = place
         self._closed = threading.Event()
         # Until a server has said how long a lease is.
-        self._lease = _UNKNOWN_LEASE_SECONDS
-        # One server may answer at once and another only when a former group has ended. The lease on the
-        # first has to last until then, and those who wait for this trainer there have to hear that it lives.
+        self._lease = lease_seconds or _UNKNOWN_LEASE_SECONDS
+        # One server may answer at once and another only when updates are done. The lease on the first has to last
+        # until then, and those who wait for this trainer there have to hear that it lives.
         self._thread = threading.Thread(target=self._renew, name="zero-ps heartbeat", daemon=True)
         self._thread.start()
-        incarnation = uuid.uuid4().hex
+
+    def open(self, offers: Sequence[Sequence[pb.LinkOffer]], timeout: float) -> None:
+        """Opens the sessions. offers: of links, to each server. timeout: seconds for a server to be ready."""
+        servers, wish, place = self._servers, self._wish, self._place
         calls = []
         for shard, server in enumerate(servers):
             request = pb.OpenSessionRequest(
                 protocol_version=PROTOCOL_VERSION,
-                job=job,
-                rank=rank,
-                world_size=world_size,
-                incarnation=incarnation,
-                read_only=read_only,
+                job=wish.job,
+                rank=place.rank,
+                world_size=place.world_size,
+                incarnation=wish.incarnation,
+                read_only=wish.read_only,
                 shard=shard,
                 num_shards=len(servers),
                 timeout_seconds=timeout,
                 links=offers[shard],
+                group=place.group,
             )
             # The server waits up to `timeout` for a former group to end and says so itself.
             calls.append(server.start("OpenSession", request, timeout + 5))
             calls[-1].add_done_callback(functools.partial(self._opened, server))
-        try:
-            self.states: list[pb.OpenSessionResponse] = finish_all(servers, calls)
-        except BaseException:
-            # Nobody is to wait for the end of leases that this trainer has no use for.
-            self.close()
-            raise
+        self.states = finish_all(servers, calls)
         for server, state in zip(servers, self.states, strict=True):
             server.session_id = state.session_id
         self._lease = min(state.lease_seconds for state in self.states)
@@ -86,19 +84,38 @@ class Session:
                 if not server.session_id or (server in beats and not beats[server].done()):
                     continue
                 request = pb.HeartbeatRequest(session_id=server.session_id)
-                beats[server] = server.start("Heartbeat", request, interval)
+                try:
+                    beats[server] = server.start("Heartbeat", request, interval)
+                except ValueError:
+                    # The channel was closed meanwhile.
+                    return
                 beats[server].add_done_callback(functools.partial(self._answered, server))
 
     def _answered(self, server: Server, beat: "grpc.Future[Any]") -> None:
         try:
             server.finish(beat)
-        except RequestRefused as error:
+        except (RequestRefused, SessionLost, TrainerLost) as error:
             # The server does not know the session any more. That it did not answer, or not in time, may
             # pass; whoever waits for it finds out otherwise.
             if not self._closed.is_set():
-                self.error = error
+                self.error = self.error or error
+                self._pass_on(server, error)
         except Exception:
             pass
+
+    def _pass_on(self, knows: Server, error: ZeroPsError) -> None:
+        """Where one server has ended this session, its group is to end with all: this trainer, and others, may be
+        waiting there for what will not come."""
+        self._end_group([server for server in self._servers if server is not knows], str(error))
+
+    def _end_group(self, servers: Sequence[Server], reason: str) -> "list[grpc.Future[Any]]":
+        calls: list[grpc.Future[Any]] = []
+        for server in servers if self._place.group else ():
+            if server.session_id:
+                request = pb.EndGroupRequest(session_id=server.session_id, reason=reason[:1000])
+                with contextlib.suppress(ValueError):  # the channel was closed meanwhile
+                    calls.append(server.start("EndGroup", request, 2 * _FAREWELL_SECONDS))
+        return calls
 
     def check(self) -> None:
         """Raises what a heartbeat found out."""
@@ -109,12 +126,26 @@ class Session:
         """Gives the lease back. A server that cannot be told finds out when the lease ends."""
         if self._closed.is_set():
             return
-        self._closed.set()
-        self._thread.join()
+        self.stop()
         with contextlib.suppress(ZeroPsError):
             call_all(
-                self._servers,
+                [server for server in self._servers if server.session_id],
                 "CloseSession",
                 lambda server: pb.CloseSessionRequest(session_id=server.session_id),
                 5.0,
             )
+
+    def give_up(self, reason: str) -> None:
+        """Tells the servers, and by them the other trainers, that this one will join anew."""
+        if self._closed.is_set():
+            return
+        self.stop()
+        end = time.monotonic() + _FAREWELL_SECONDS
+        for call in self._end_group(self._servers, reason):
+            with contextlib.suppress(grpc.RpcError, grpc.FutureTimeoutError, grpc.FutureCancelledError):
+                call.result(max(0.0, end - time.monotonic()))
+
+    def stop(self) -> None:
+        """Ends the heartbeats."""
+        self._closed.set()
+        self._thread.join()

@@ -175,7 +175,7 @@ def test_a_step_that_was_never_committed_cannot_be_restored(address: str, job_na
     expected = train(client, 0, 1)
     commit(client, 1)
     code, message = error_of(lambda: client.call("Restore", step=7))
-    assert code == grpc.StatusCode.NOT_FOUND
+    assert code == grpc.StatusCode.FAILED_PRECONDITION
     assert "it has 1" in message
     assert all(torch.equal(client.pull(i, version=1), p) for i, p in enumerate(expected)), "nothing was dropped"
 
@@ -382,7 +382,7 @@ def test_a_reader_restores_a_job_that_nobody_uses(tmp_path: Path) -> None:
 
 def test_a_reader_creates_nothing(address: str, job_name: str) -> None:
     code, message = error_of(lambda: Client(address, job=job_name, read_only=True))
-    assert code == grpc.StatusCode.NOT_FOUND
+    assert code == grpc.StatusCode.FAILED_PRECONDITION
     assert f"no job '{job_name}' on this server" in message
     client = Client(address, job=job_name)
     assert job_name in {job.name for job in client.stub.Status(pb.StatusRequest()).jobs}

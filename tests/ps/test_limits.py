@@ -291,7 +291,7 @@ def test_runs(address: str, other: Client, job_name: str) -> None:
 
 def test_what_was_gathered_at_barriers_is_forgotten() -> None:
     monitor = Monitor()
-    sessions = Sessions("job", 60, SESSIONS, monitor, lambda session: None)
+    sessions = Sessions("job", 60, SESSIONS, monitor, lambda session: None, lambda session: None)
     barriers = Barriers(sessions, monitor)
     with monitor:
         session = sessions.open(0, 1, "test", False, Patience.of(1))

@@ -348,7 +348,9 @@ def test_epochs_of_a_step_begin_anew_with_the_next_one_and_with_a_new_trainer(ad
         client.step(0)
     assert _norm_at_1(one, two) == [[0.0]] * 2
     one.call("ZeroGrad", step=1)
-    two = Client(address, job=job_name, rank=1, world_size=2)
+    one, two = (Client(address, job=job_name, rank=rank, world_size=2) for rank in range(2))
+    for client in (one, two):
+        client.open_job({"w": torch.zeros(2)})
     assert _norm_at_1(one, two) == [[0.0]] * 2
 
 

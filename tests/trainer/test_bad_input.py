@@ -111,7 +111,7 @@ def test_trainers_that_disagree_on_the_world_size_are_told(cluster: LocalCluster
 
 
 def test_a_trainer_that_one_server_refuses_leaves_the_others(cluster: LocalCluster, job_name: str) -> None:
-    other = Client(cluster.addresses[1], job=job_name, rank=1, world_size=3, shard=1, num_shards=2)
+    other = Client(cluster.addresses[0], job=job_name, rank=1, world_size=3, shard=0, num_shards=2)
     # A sign of life while the new trainer waits for it, which tells that it is no former group.
     alive = threading.Timer(1.0, other.call, ["Heartbeat"])
     alive.start()
@@ -119,7 +119,7 @@ def test_a_trainer_that_one_server_refuses_leaves_the_others(cluster: LocalClust
         refused = pytest.raises(trainer.ZeroPsError, match="disagree on world size: rank 1 says 3")
         with within(15), refused:
             trainer.connect(cluster.addresses, job=job_name, rank=0, world_size=2)
-        with grpc.insecure_channel(cluster.addresses[0]) as channel:
+        with grpc.insecure_channel(cluster.addresses[1]) as channel:
             jobs = pb_grpc.ParameterServerStub(channel).Status(pb.StatusRequest(), timeout=20).jobs
         # At once, and not when the lease ends.
         assert not [session for found in jobs if found.name == job_name for session in found.sessions]

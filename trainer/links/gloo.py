@@ -12,9 +12,10 @@ from protos import pair
 from protos import zero_ps_pb2 as pb
 from protos.frames import Data
 from protos.pair import Pair
-from trainer.errors import ConnectError, ZeroPsError
+from trainer.errors import ZeroPsError
 from trainer.links.base import Candidate, LinkUnusable, Push
 from trainer.links.streams import PendingPull, StreamLink
+from trainer.rpc import gone
 from trainer.server import Server
 
 
@@ -36,8 +37,11 @@ class GlooLink(StreamLink):
         super().__init__(server)
 
     def close(self) -> None:
+        # What gloo is about to receive has an address in memory that will be another's soon.
+        self._pair.abort()
         super().close()
         self._coming.put(None)
+        self._waiter.join()
 
     # ------------------------------------------------------------ pulls
 
@@ -68,10 +72,7 @@ class GlooLink(StreamLink):
             del coming, pull, works
 
     def _gone(self, error: Exception) -> ZeroPsError:
-        return ConnectError(
-            f"server {self.address}: the gloo link is broken: {error}; the server is gone or the network is cut. Start "
-            "it again with the same --data-dir, then start the trainers again: they go on from the last commit"
-        )
+        return gone(f"server {self.address}: the gloo link is broken: {error}")
 
     # ------------------------------------------------------------ pushes
 

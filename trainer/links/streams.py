@@ -180,6 +180,8 @@ class _Stream(ABC, Generic[_Outgoing, _Response]):
     def close(self) -> None:
         self._fail(from_stream_error(self._address, grpc.StatusCode.CANCELLED, "the link was closed"))
         self._responses.cancel()
+        # What it is just writing to may be other memory soon.
+        self._reader.join()
 
 
 class _PullStream(_Stream[pb.PullRequest, frames.Data | pb.PullResponse]):
