@@ -58,7 +58,8 @@ CALLS: Mapping[str, Row] = {
     "Commit": Row(Right.TRAIN),
     "ClearState": Row(Right.TRAIN),
 }
-"""By the name of the call. Calls of other services are for administrators, but for health checks, which are free."""
+"""By the name of the call. Calls of other services are for administrators, but for health checks, which are free, and
+watching health, which any token will do for."""
 
 
 class Access:

@@ -146,7 +146,8 @@ def _train(demo: Demo, paths: Paths, addresses: Sequence[str], steps: int) -> in
         stack.callback(_stop, trainers)
         for rank in range(demo.trainers):
             environment = {
-                **os.environ,
+                # Credentials are of other servers than these.
+                **{name: value for name, value in os.environ.items() if not name.startswith("ZERO_PS_")},
                 "RANK": str(rank),
                 "LOCAL_RANK": str(rank),
                 "WORLD_SIZE": str(demo.trainers),

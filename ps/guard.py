@@ -32,11 +32,14 @@ class Gate(grpc.ServerInterceptor):  # type: ignore[type-arg]
         handler_call_details: grpc.HandlerCallDetails,
     ) -> "grpc.RpcMethodHandler[Any, Any] | None":
         service, _, method = handler_call_details.method.removeprefix("/").rpartition("/")
-        if service == health.SERVICE_NAME:
+        if (service, method) == (health.SERVICE_NAME, "Check"):
             return continuation(handler_call_details)
         try:
             caller = self._access.caller(handler_call_details.invocation_metadata)
-            if service != _SERVICE:
+            if service == health.SERVICE_NAME:
+                # To watch takes a place among the server's calls for as long as one likes.
+                pass
+            elif service != _SERVICE:
                 self._access.check_administrator(caller, service)
             elif method in CALLS:
                 self._access.check_call(method, caller)

@@ -80,8 +80,21 @@ class Security:
         if self._certificates is None:
             return server.add_insecure_port(address)
         certificates = self._certificates
+        first = certificates.value
+        # For each connection: gRPC makes much of what it is given, and takes None for the same as before.
+        given = [first]
+
+        def renewed() -> grpc.ServerCertificateConfiguration | None:
+            now = certificates.value
+            if now is given[0]:
+                return None
+            given[0] = now
+            return now
+
         credentials = grpc.dynamic_ssl_server_credentials(
-            certificates.value, lambda: certificates.value, self._names_clients
+            first,
+            renewed,  # type: ignore[arg-type]
+            self._names_clients,
         )
         return server.add_secure_port(address, credentials)
 

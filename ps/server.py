@@ -36,6 +36,9 @@ from ps.tier import Tier, policy_named
 _CONNECTION_STREAMS = 64
 """Calls and streams of one connection; a trainer has its own, with less than ten. More of them wait in the client."""
 
+_HANDSHAKE_MS = 10_000
+"""Who connects and says nothing is sent away after this."""
+
 _RETURNED_BYTES = 256 << 10
 _HEAPS = 4
 """Where memory is limited: what malloc gives back at once, and among how many heaps it spreads the threads."""

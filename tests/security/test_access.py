@@ -273,6 +273,21 @@ def test_what_is_nearly_a_token_is_none(callers: dict[str, Caller], metadata: li
     assert error.value.code() == UNKNOWN
 
 
+def test_to_watch_health_takes_any_token(callers: dict[str, Caller]) -> None:
+    """Unlike a check it goes on, and takes a place among the server's calls meanwhile."""
+    for who, code in (("nobody", UNKNOWN), ("wrong", UNKNOWN), ("other", None)):
+        watch = health_pb2_grpc.HealthStub(callers[who].channel).Watch(
+            health_pb2.HealthCheckRequest(), timeout=TIMEOUT, metadata=callers[who].metadata
+        )
+        if code is None:
+            assert next(watch).status == 1
+            watch.cancel()
+            continue
+        with pytest.raises(grpc.RpcError) as error:
+            next(watch)
+        assert error.value.code() == code
+
+
 def test_health_needs_no_token_and_reflection_an_administrator(callers: dict[str, Caller]) -> None:
     channel = callers["nobody"].channel
     health = health_pb2_grpc.HealthStub(channel)

@@ -1,6 +1,11 @@
 """What trainers and `zero-ps status` say when they and a server do not come to terms."""
 
+import contextlib
 import os
+import shutil
+import signal
+import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -186,3 +191,50 @@ def test_a_port_that_speaks_tls_answers_nothing_else(secured: LocalCluster) -> N
         with pytest.raises(grpc.RpcError) as error:
             stub.Status(pb.StatusRequest(), timeout=10, metadata=(("authorization", f"Bearer {TOKEN}"),))
     assert error.value.code() == grpc.StatusCode.UNAVAILABLE
+
+
+@pytest.mark.parametrize("data", [b"", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n", bytes(100)])
+def test_who_connects_and_makes_no_sense_is_sent_away(secured: LocalCluster, data: bytes) -> None:
+    host, _, port = secured.addresses[0].rpartition(":")
+    with socket.create_connection((host, int(port)), timeout=60) as stranger:
+        stranger.sendall(data)
+        with contextlib.suppress(ConnectionError):
+            while received := stranger.recv(1000):
+                # An alert of TLS at most.
+                assert len(received) < 50
+
+
+def test_a_new_certificate_is_taken_and_a_broken_one_is_not(start, files: Files, tmp_path: Path) -> None:
+    def put(certificate: Path, key: Path) -> None:
+        shutil.copy(key, tmp_path / "key")
+        shutil.copy(certificate, tmp_path / "crt")
+        server.process.send_signal(signal.SIGHUP)
+
+    def presented() -> bytes:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        context.set_alpn_protocols(["h2"])
+        connection = socket.create_connection(("127.0.0.1", server.port), timeout=10)
+        with context.wrap_socket(connection) as secure:
+            return secure.getpeercert(binary_form=True) or b""
+
+    def of(path: Path) -> bytes:
+        return ssl.PEM_cert_to_DER_cert(path.read_text())
+
+    ours = files.other
+    for name, end in (("crt", "crt"), ("key", "key")):
+        shutil.copy(ours / f"server.{end}", tmp_path / name)
+    server = start("--tls-cert", tmp_path / "crt", "--tls-key", tmp_path / "key", "--tls-ca", ours / "ca.crt")
+    good = trainer.Credentials(ca=ours / "ca.crt", cert=ours / "client.crt", key=ours / "client.key")
+    with trainer.connect(server.address, credentials=good) as job:
+        put(ours / "elsewhere.crt", ours / "elsewhere.key")
+        server.log_with("read ")
+        assert presented() == of(ours / "elsewhere.crt")
+        put(ours / "server.crt", ours / "elsewhere.key")
+        assert "stays in force" in server.log_with("stays in force")
+        assert presented() == of(ours / "elsewhere.crt")
+        put(ours / "expired-server.crt", ours / "expired-server.key")
+        assert "expired at" in server.log_with("expired at")
+        assert presented() == of(ours / "elsewhere.crt")
+        # Who was connected still is.
+        job.servers[0].describe(10)
