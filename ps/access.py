@@ -91,7 +91,9 @@ class Access:
 
     def check_call(self, method: str, caller: Rules) -> None:
         """Whether the caller might ever call this; for what is known before there is a request."""
-        right = CALLS[method].right
+        row = CALLS[method]
+        # Who opens a session is told which right on which job is missing.
+        right = Right.READ if row.of is Of.NEW_SESSION else row.right
         if not caller.allows_some(right):
             raise AccessDenied(
                 f"{method} takes the right '{right.name.lower()}' on a job, which this token has on none"
@@ -99,6 +101,13 @@ class Access:
 
     def check_new_session(self, method: str, caller: Rules, job: str, read_only: bool) -> None:
         self._check(caller, Right.READ if read_only else Right.TRAIN, job, method)
+
+    @staticmethod
+    def take(session: Session, caller: Rules) -> None:
+        """Makes a session that was just opened the caller's, unless it is somebody else's already."""
+        if session.owner not in (b"", caller.identity):
+            raise AccessDenied(f"the session of {session.who} of job {session.job!r} was begun with another token")
+        session.owner = caller.identity
 
     def check_session(self, method: str, caller: Rules, session: Session | None) -> None:
         """session: None where the server knows none of that id, which is for the call itself to say."""

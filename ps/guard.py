@@ -118,7 +118,10 @@ class Guard:
             session = self._session_of(response.session_id)
             if session is not None:
                 # Before anybody has heard of the session.
-                session.owner = caller.identity
+                try:
+                    self._access.take(session, caller)
+                except ServerError as error:
+                    _abort(context, error)
             return response
 
         return guarded

@@ -170,6 +170,19 @@ def test_a_session_is_of_no_use_to_another_token(callers: dict[str, Caller], met
     assert callers["train"].call("Heartbeat", session) == grpc.StatusCode.OK
 
 
+def test_a_session_that_was_begun_in_a_group_is_completed_with_the_same_token(callers: dict[str, Caller]) -> None:
+    train, admin = callers["train"], callers["admin"]
+    asked = joining("open-g")
+    joined = train.stub.JoinGroup(asked, timeout=TIMEOUT, metadata=train.metadata)
+    request = opening("open-g", read_only=False)
+    request.incarnation, request.group = asked.incarnation, joined.group
+    with pytest.raises(grpc.RpcError) as error:
+        admin.stub.OpenSession(request, timeout=TIMEOUT, metadata=admin.metadata)
+    assert error.value.code() == DENIED and "was begun with another token" in error.value.details()
+    assert train.call("Heartbeat", joined.session_id) == grpc.StatusCode.OK
+    assert admin.call("Heartbeat", joined.session_id) == DENIED
+
+
 @pytest.mark.parametrize("method", ["Pull", "Push"])
 def test_a_stream_cannot_be_begun_in_the_name_of_anothers_session(callers: dict[str, Caller], method: str) -> None:
     """Nor take one of the places that a session has for its streams."""
