@@ -125,3 +125,42 @@ def choose(
             return trainer.report(model).mode
         except trainer.ZeroPsError as error:
             return f"{type(error).__name__}: {error}"
+
+
+def look_and_load(addresses: list[str], job: str, store: str, mode: str) -> dict[str, Any]:
+    """Averages of weights, and state dicts of model and optimizer, between steps; some by one rank alone."""
+    rank, world_size = join(store)
+    with trainer.connect(addresses, job=job, timeout=40) as connection:
+        model = trainer.offload(seeded(Residual), connection, trainer.OffloadConfig(mode=mode, **LIMITS))
+        optimizer = trainer.RemoteOptimizer(model.parameters(), torch.optim.AdamW, lr=1e-2, ema_decay=0.5)
+        found: dict[str, Any] = {"losses": [], "averaged": []}
+
+        def step(number: int) -> None:
+            loss = loss_of(model, batch(number, rows=2 * world_size).chunk(world_size)[rank])
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            found["losses"].append(loss.item())
+
+        for number in range(3):
+            step(number)
+            with trainer.ema_weights(model), torch.no_grad():
+                found["averaged"].append(loss_of(model, batch(99)).item())
+                if number == 1:
+                    found["average"] = gathered_values(model)
+        if rank == 1:
+            # What one rank looks at alone.
+            with trainer.gathered(model.head, ema=True):
+                found["head"] = model.head.weight.detach().clone()
+            found["state_for"] = optimizer.state_for(model.head.weight)
+            found["alone"] = optimizer.state_dict()["state"]
+        step(3)
+        weights = gathered_values(model)
+        state = optimizer.state_dict()
+        step(4)
+        # Back to before that step.
+        model.load_state_dict(weights)
+        optimizer.load_state_dict(state)
+        step(4)
+        found["weights"], found["state"] = gathered_values(model), optimizer.state_dict()["state"]
+        return found

@@ -94,3 +94,22 @@ def test_all_ranks_come_to_one_mode(
 ) -> None:
     found = run("choose", cluster, tmp_path, 2, job=job_name, modes=modes, world=world, link=link)
     assert all(re.match(expected, mode) for mode in found), found
+
+
+def test_averages_and_state_dicts_are_those_of_direct_mode(
+    cluster: LocalCluster, job_name: str, tmp_path: Path
+) -> None:
+    results = {}
+    for mode in ("direct", "group"):
+        folder = tmp_path / mode
+        folder.mkdir()
+        results[mode] = run("look_and_load", cluster, folder, 2, job=f"{job_name}-{mode}", mode=mode)
+    for direct, group in zip(results["direct"], results["group"], strict=True):
+        assert direct["losses"][-1] == direct["losses"][-2]
+        assert _flat(direct) == _flat(group)
+
+
+def _flat(values: object, prefix: str = "") -> dict[str, object]:
+    if isinstance(values, dict):
+        return {key: value for name, each in values.items() for key, value in _flat(each, f"{prefix}.{name}").items()}
+    return {prefix: values.tolist() if isinstance(values, torch.Tensor) else values}
