@@ -96,6 +96,7 @@ class Contributions:
     epoch: how often this session discarded contributions to the job's present step that were final. Ranks
         do so together, but not at the same moment: only those of one epoch belong together.
     stepped: the last step that this session asked for, or -1.
+    done: chunks that the session announced to contribute no more to in the next step.
     terms: those of the optimizer, `stated` once this session has.
     """
 
@@ -107,6 +108,7 @@ class Contributions:
         self.final_step = -1
         self.epoch = 0
         self.stepped = -1
+        self.done: frozenset[Chunk] = frozenset()
         self._accumulators: dict[Chunk, _Accumulator] = {}
         # With `max_staleness`: those that updates to come still use while gradients of later steps go to another
         # one, oldest first; and those that are free.
@@ -158,6 +160,14 @@ class Contributions:
             return True
         accumulator = self._accumulators.get(chunk)
         return accumulator is not None and accumulator.final_step == step
+
+    def reopen(self, step: int) -> None:
+        """The session may contribute again to what it announced to be done with; expects what `finish` does."""
+        for chunk in self.done:
+            accumulator = self._accumulators.get(chunk)
+            if accumulator is not None and accumulator.final_step == step:
+                accumulator.final_step = -1
+        self.done = frozenset()
 
     def final_chunks(self, step: int) -> list[Chunk]:
         """The chunks that `finish` was called for."""

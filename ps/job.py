@@ -272,12 +272,14 @@ class Job:
         # Whatever was staged and fitted nowhere has been read back before training began.
         self.staging(session).clear()
 
-    def announce_step(self, session: Session, step: int, wish: StepWish, patience: Patience) -> None:
+    def announce_step(
+        self, session: Session, step: int, wish: StepWish, patience: Patience, done: Iterable[Chunk] = ()
+    ) -> None:
         """What the session will ask for with `step_from`; see `Steps.announce`."""
         shard = self.open_shard()
         self.steps.catch_up(session, shard, step, patience)
         self._check_staying(step)
-        self.steps.announce(session, shard, step, wish)
+        self.steps.announce(session, shard, step, wish, done)
 
     def leave(self) -> None:
         """The server is about to stop: no step begins any more. One that a rank has asked for may still come about."""

@@ -29,6 +29,7 @@ from ps.statuses import as_server_error, status_code, status_message
 from ps.traffic import Traffic
 from ps.unreadable import Unreadable, readable
 from ps.wire import (
+    decode_chunks,
     decode_edits,
     decode_id,
     decode_key,
@@ -322,7 +323,8 @@ class ParameterServer:
         if request.withdraw:
             job.steps.withdraw(session, job.open_shard(), request.step)
         else:
-            job.announce_step(session, request.step, decode_step(request), self._update_wait(context))
+            done = decode_chunks(job.open_shard(), request.done)
+            job.announce_step(session, request.step, decode_step(request), self._update_wait(context), done)
         return pb.AnnounceStepResponse()
 
     @_call

@@ -317,9 +317,10 @@ class Steps:
             lambda: self.check_progress(session),
         )
 
-    def announce(self, session: Session, shard: Shard, step: int, wish: StepWish) -> None:
+    def announce(self, session: Session, shard: Shard, step: int, wish: StepWish, done: Iterable[Chunk] = ()) -> None:
         """The session will ask for the step with this wish, and says of gradients when they are final.
 
+        done: chunks to which it contributes no more in this step.
         Once every rank has announced the step or asked for it, chunks that are final on every rank are updated.
         Repeating it is harmless. Raises Conflict if the ranks disagree about options.
         """
@@ -330,6 +331,9 @@ class Steps:
             if contributions.stepped == step:
                 raise Conflict(f"rank {session.rank} announces step {step}, which it has asked for already")
             self._agree(session, shard, step, wish, options)
+            contributions.done = frozenset(done)
+            for chunk in contributions.done:
+                contributions.finish(chunk, step)
             if self._agreed is not None and self._agreed.look():
                 self._updater.submit(self._agreed)
             self._monitor.changed()
@@ -339,10 +343,11 @@ class Steps:
         contributions = self.of(session)
         with contributions.lock, self._monitor:
             self._check_step(session, shard, step)
-            if contributions.stepped == step or contributions.final_chunks(step):
+            if contributions.stepped == step or not contributions.done.issuperset(contributions.final_chunks(step)):
                 raise Conflict(
                     f"rank {session.rank} takes back its announcement of step {step} after it sent a final gradient"
                 )
+            contributions.reopen(step)
             # Else it was refused, and the others have still to hear why.
             if self._wishes.pop(session.rank, None) is not None:
                 self._abandon(f"rank {session.rank} took its announcement back")

@@ -5,16 +5,21 @@ nothing in this backward may give it another gradient, as reentrant checkpoints 
 parameter as it was before the step. What a backward does is known when it has ended. So a parameter's
 gradient is sent as final only if in every such backward so far it came exactly once and the parameter was
 not asked for after that; all others become final with `optimizer.step()`.
+
+In group mode a trainer has parts of a gradient to send, which it has once all ranks have theirs. A chunk is final
+when those who send its parts have said so; the others announce that they have nothing to send to it.
 """
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from protos import zero_ps_pb2 as pb
 from protos.values import decode_options
 from trainer.errors import ConfigError, StepHalfDone, ZeroPsError
+from trainer.group import TrainerGroup
 from trainer.parameter import OffloadedParameter
+from trainer.selection import elements
 from trainer.server import call_all
 
 if TYPE_CHECKING:
@@ -29,9 +34,10 @@ class Announcement:
     running: whether the backward that completes the step's gradients is under way.
     """
 
-    def __init__(self, job: "Job") -> None:
+    def __init__(self, job: "Job", group: TrainerGroup | None = None) -> None:
         self.running = False
         self._job = job
+        self._group = group
         self._groups: Sequence[pb.OptimizerGroup] | None = None
         # Parameters whose gradients were sent as final in this step.
         self._final: set[OffloadedParameter] = set()
@@ -40,6 +46,8 @@ class Announcement:
         self._needed: set[OffloadedParameter] = set()
         # Whether each parameter was done with its first gradient in every such backward so far.
         self._done_at_once: dict[OffloadedParameter, bool] = {}
+        # Those that had a sparse gradient, which no group shares out.
+        self._sparse: set[OffloadedParameter] = set()
 
     @property
     def made(self) -> bool:
@@ -155,9 +163,22 @@ class Announcement:
                 step=self._job.step,
                 groups=() if withdraw else self._groups,
                 withdraw=withdraw,
+                done=() if withdraw else self._left_to_others(self._job.servers.index(server)),
             ),
             self._job.timeout,
         )
+
+    def _left_to_others(self, shard: int) -> Iterator[pb.ChunkRef]:
+        """The chunks on a server of whose gradients the other ranks send every part."""
+        if self._group is None:
+            return
+        for state, at_once in self._done_at_once.items():
+            remote = state.remote
+            if at_once and remote is not None and state not in self._sparse:
+                mine = {part.chunk for part in elements(remote.grid, *self._group.part(state.numel))}
+                for chunk, place in enumerate(remote.shards):
+                    if place == shard and chunk not in mine:
+                        yield pb.ChunkRef(parameter=remote.index, chunk=chunk)
 
     # ------------------------------------------------------------ during backward
 
@@ -166,11 +187,13 @@ class Announcement:
         if not self.running:
             self.check_none(f"a backward that gives parameter {state.name!r} a gradient")
 
-    def gradient_came(self, state: OffloadedParameter, *, may_be_final: bool) -> bool:
+    def gradient_came(self, state: OffloadedParameter, *, sparse: bool) -> bool:
         """A gradient is about to be sent; whether it is final.
 
         Raises StepHalfDone for one that was not expected.
         """
+        if sparse and self._group is not None:
+            self._sparse.add(state)
         if not self.made:
             return False
         if state in self._final:
@@ -181,7 +204,7 @@ class Announcement:
             )
         self._came[state] = self._came.get(state, 0) + 1
         # As long as a graph needs the parameter it may be pulled once more.
-        if may_be_final and self._done_at_once.get(state) and not state.saved and state.request is None:
+        if self._done_at_once.get(state) and not state.saved and state.request is None:
             self._final.add(state)
             return True
         return False

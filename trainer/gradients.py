@@ -148,8 +148,7 @@ class Gradients:
                 "evaluation; train outside of it"
             )
         assert state.remote is not None
-        # In group mode a gradient leaves in parts, and none of the trainers knows when the others' are there.
-        final = self._announcement.gradient_came(state, may_be_final=self._group is None)
+        final = self._announcement.gradient_came(state, sparse=gradient.is_sparse)
         dtype = self._config.reduce_dtype or gradient.dtype
         parts: tuple[Part, ...] | None = None
         if gradient.is_sparse:
@@ -172,7 +171,7 @@ class Gradients:
         leaving[: gradient.numel()].view(gradient.shape).copy_(gradient)
         if group is not None:
             leaving[gradient.numel() :].zero_()
-            self._reduce_scatter(group, state, leaving, block)
+            self._reduce_scatter(group, state, leaving, block, final)
         else:
             self._job.transfer.push(
                 state.remote,
@@ -190,7 +189,12 @@ class Gradients:
             self._trim(nbytes)
 
     def _reduce_scatter(
-        self, group: TrainerGroup, state: OffloadedParameter, gradient: torch.Tensor, block: torch.UntypedStorage
+        self,
+        group: TrainerGroup,
+        state: OffloadedParameter,
+        gradient: torch.Tensor,
+        block: torch.UntypedStorage,
+        final: bool,
     ) -> None:
         """Pushes this rank's part of the sum of the ranks' gradients, when all of them are there."""
         remote, step, sequence = state.remote, self._job.step, state.contributions
@@ -207,6 +211,7 @@ class Gradients:
                         PushKind.GRADIENT,
                         step=step,
                         sequence=sequence,
+                        final=final,
                         parts=tuple(elements(remote.grid, *part, origin=part[0])),
                     )
             except Exception as failure:

@@ -110,7 +110,7 @@ class OffloadedModel:
         self.config = config
         self.memory = MemoryPool()
         self.group = open_group(job, config)
-        self.announcement = Announcement(job)
+        self.announcement = Announcement(job, self.group)
         self.coordinator = Coordinator(job, config, self.memory, self.announcement, self.group)
         self.gradients = Gradients(job, config, self.memory, self.coordinator, self.announcement, self.group)
         # Autograd's tasks that gather parameters of this model, each within the one before it.

@@ -53,6 +53,29 @@ def test_a_final_gradient_is_used_before_the_step(address: str, job_name: str) -
     assert torch.equal(client.pull(0, version=2), -4 * ONES)
 
 
+def test_a_rank_may_leave_a_chunk_to_others(address: str, job_name: str) -> None:
+    one, two = start_job(address, TWO, job=job_name, world_size=2, lr=1.0)
+    one.announce(done=one.chunks(1))
+    two.announce(done=two.chunks(0))
+    one.push_gradient(0, 2 * ONES, final=True)
+    assert torch.equal(two.pull(0, version=1), -ONES)
+    assert "waited" in error_of(lambda: one.pull(1, version=1, timeout=0.2))[1]
+    _refused(lambda: one.push_gradient(1, ONES), "are final and then sent another")
+    two.push_gradient(1, 2 * ONES, final=True)
+    assert torch.equal(one.pull(1, version=1), -ONES)
+    for client in (one, two):
+        client.step(0)
+        client.call("ZeroGrad", step=1)
+    # What is only left to others can be taken back.
+    one.announce(1, done=one.chunks(1))
+    one.announce(1, withdraw=True)
+    for client in (one, two):
+        client.push_gradient(1, 2 * ONES, step=1)
+        client.step(1)
+    assert torch.equal(one.pull(1, version=2), -3 * ONES)
+    assert "no parameter 7" in error_of(lambda: one.announce(2, done=[pb.ChunkRef(parameter=7)]))[1]
+
+
 def test_an_early_update_waits_for_every_rank_in_whatever_order_they_come(address: str, job_name: str) -> None:
     fast, slow = start_job(address, TWO, job=job_name, world_size=2, lr=1.0)
     fast.announce()

@@ -1,5 +1,6 @@
 """What trainer processes of the tests of group mode do (see `tests.ranks`)."""
 
+import contextlib
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -11,9 +12,23 @@ from torch import nn
 import trainer
 from tests.models import Residual, batch, loss_of, seeded
 from tests.trainer.runs import adamw, gathered_values
+from trainer.offload import find
+from trainer.transfer import Destination
 
 LIMITS = {"param_persistence_threshold": 0, "max_live_bytes": 60_000}
 """Room for little more than the largest module, so that parameters go and come back."""
+
+
+class Chunked(nn.Module):
+    """With a parameter of several chunks, so that there are chunks of which a rank has no part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide = nn.Linear(1025, 4096)
+        self.last = nn.Linear(4096, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(torch.tanh(self.wide(x)))
 
 
 class Branching(nn.Module):
@@ -164,3 +179,30 @@ def look_and_load(addresses: list[str], job: str, store: str, mode: str) -> dict
         step(4)
         found["weights"], found["state"] = gathered_values(model), optimizer.state_dict()["state"]
         return found
+
+
+def announce(addresses: list[str], job: str, store: str, early: bool) -> dict[str, Any]:
+    """Trains with or without `last_backward` for every step; what was updated before the last step was asked for."""
+    rank, world_size = join(store)
+    with trainer.connect(addresses, job=job, timeout=40) as connection:
+        model = trainer.offload(
+            seeded(Chunked), connection, trainer.OffloadConfig(mode="group", param_persistence_threshold=0)
+        )
+        optimizer = adamw(model.parameters())
+        updated = []
+        for step in range(3):
+            x = torch.randn(4, 1025, generator=torch.Generator().manual_seed(world_size * step + rank))
+            loss = model(x).square().mean()
+            with optimizer.last_backward() if early else contextlib.nullcontext():
+                loss.backward()
+            if step == 2 and early:
+                connection.transfer.flush()
+                for state in find(model).states:
+                    data = torch.empty(state.nbytes, dtype=torch.uint8)
+                    connection.transfer.pull([Destination(state.remote, data, state.dtype)], step + 1).wait()
+                    updated.append(state.name)
+            optimizer.step()
+            optimizer.zero_grad()
+        # A rank that is gone before the others have asked for the step would leave it half done.
+        connection.barrier("the last step was asked for")
+        return {"updated": updated, "params": gathered_values(model)}

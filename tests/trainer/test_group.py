@@ -96,6 +96,18 @@ def test_all_ranks_come_to_one_mode(
     assert all(re.match(expected, mode) for mode in found), found
 
 
+def test_updates_begin_during_the_last_backward(cluster: LocalCluster, job_name: str, tmp_path: Path) -> None:
+    """Chunks of parts of several ranks, and those that one rank alone has, are updated before the step is asked for."""
+    results = {}
+    for early in (False, True):
+        folder = tmp_path / str(early)
+        folder.mkdir()
+        results[early] = run("announce", cluster, folder, 2, job=f"{job_name}-{early}", early=early)
+    for plain, early in zip(results[False], results[True], strict=True):
+        assert early["updated"] == ["wide.weight", "wide.bias", "last.weight", "last.bias"]
+        assert _flat(plain["params"]) == _flat(early["params"])
+
+
 def test_averages_and_state_dicts_are_those_of_direct_mode(
     cluster: LocalCluster, job_name: str, tmp_path: Path
 ) -> None:
