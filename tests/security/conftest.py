@@ -30,6 +30,8 @@ class Files:
         self.tokens = folder / "tokens"
         self.tokens.write_text("".join(f"{token} {rule}\n" for token, rule in TOKENS.values()))
         self.tokens.chmod(0o600)
+        self.token_file = folder / "token"
+        self.token_file.write_text(f"{TOKENS['train'][0]}\n")
         # An authority of which this test has the key, too.
         authority = Authority("another test", timedelta(days=400))
         past = datetime.now(UTC) - timedelta(days=30)
@@ -57,6 +59,15 @@ class Files:
             "token": who and TOKENS[who][0],
         }
         return trainer.Credentials(**{**fields, **other})
+
+    def environment(self) -> dict[str, str]:
+        """The same of `train`, as a process inherits it."""
+        return {
+            "ZERO_PS_TLS_CA": str(self.folder / "ca.crt"),
+            "ZERO_PS_TLS_CERT": str(self.folder / "client.crt"),
+            "ZERO_PS_TLS_KEY": str(self.folder / "client.key"),
+            "ZERO_PS_TOKEN_FILE": str(self.token_file),
+        }
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,6 @@ import ssl
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -141,15 +140,8 @@ def test_no_secret_is_in_the_representation(files: Files) -> None:
 
 
 @pytest.fixture
-def environment(files: Files, tmp_path: Path) -> Iterator[dict[str, str]]:
-    token = tmp_path / "token"
-    token.write_text(f"{TOKEN}\n")
-    yield {
-        "ZERO_PS_TLS_CA": str(files.folder / "ca.crt"),
-        "ZERO_PS_TLS_CERT": str(files.folder / "client.crt"),
-        "ZERO_PS_TLS_KEY": str(files.folder / "client.key"),
-        "ZERO_PS_TOKEN_FILE": str(token),
-    }
+def environment(files: Files) -> dict[str, str]:
+    return files.environment()
 
 
 def test_credentials_come_from_the_environment(

@@ -14,7 +14,9 @@ import trainer
 from ps import LocalCluster
 from ps.tools.certs import make_certs
 from tests.models import Residual, batch, loss_of, seeded
+from tests.ranks import run_ranks
 from tests.security.conftest import ROOT, Files
+from tests.trainer.recovery.programs import Plain
 from tests.trainer.runs import adamw, gathered_values
 
 STEPS = 3
@@ -65,6 +67,35 @@ def test_training_with_certificates_and_tokens_on_two_servers(
         model = seeded(Residual)
         trainer.offload(model, job)
         assert torch.equal(gathered_values(model)["head.weight"], values["head.weight"])
+
+
+def test_several_trainers_with_credentials_from_the_environment(
+    secured: LocalCluster, files: Files, job_name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in files.environment().items():
+        monkeypatch.setenv(name, value)
+    plain = Plain(lambda step: 2).train_to(STEPS)
+    for result in run_ranks("trainer.runs:steps_of_adamw", secured.addresses, 2, job=job_name, steps=STEPS):
+        plain.check(result["params"])
+
+
+def test_a_trainer_recovers_from_a_lost_server_with_its_credentials(
+    trusting: LocalCluster, files: Files, job_name: str
+) -> None:
+    disturbances = [lambda: trusting.restart(1)]
+    with trainer.connect(trusting.addresses, job=job_name, credentials=files.credentials(), timeout=60) as job:
+        model = trainer.offload(seeded(Residual), job)
+        optimizer = adamw(model.parameters())
+        job.commit()
+        while job.step < STEPS:
+            with job.recovering(timeout=60):
+                loss_of(model, batch(job.step)).backward()
+                if job.step == 1 and disturbances:
+                    disturbances.pop()()
+                optimizer.step()
+                optimizer.zero_grad()
+        check_same(gathered_values(model))
+    assert not disturbances
 
 
 def test_a_link_that_is_not_encrypted_is_not_to_be_had_by_asking_for_it(
