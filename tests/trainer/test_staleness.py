@@ -346,3 +346,30 @@ def test_only_a_small_number_of_steps_makes_sense(wrong: object) -> None:
 def test_not_in_a_group() -> None:
     with pytest.raises(trainer.ConfigError, match="does not go with mode='group'"):
         trainer.OffloadConfig(max_staleness=1, mode="group")
+
+
+def test_recovery_in_place_begins_with_all_updates(tmp_path: Path) -> None:
+    plain = Delayed(Residual, 2, lr=1e-2)
+    for step in range(7):
+        if step == 3:
+            plain.everything_is_updated()
+        plain.backward(lambda m, s=step: loss_of(m, batch(s)))
+        plain.step()
+        plain.optimizer.zero_grad()
+    with (
+        LocalCluster(2, data_dir=tmp_path, flags=["--late-updates"]) as cluster,
+        training(cluster, "default", 2) as (job, model, optimizer),
+    ):
+        killed = False
+        while job.step < 7:
+            if job.step == 5 and not killed:
+                cluster.kill(0)
+                cluster.restart(0)
+                assert job.recover() == 3
+                killed = True
+            loss_of(model, batch(job.step)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if job.step == 3 and not killed:
+                job.commit()
+        same(model, plain.model)
