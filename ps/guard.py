@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import grpc
-from grpc_health.v1 import health
+from grpc_health.v1 import health, health_pb2
 
 from protos import SESSION_METADATA
 from protos import zero_ps_pb2 as pb
@@ -21,10 +21,14 @@ _SERVICE = pb.DESCRIPTOR.services_by_name["ParameterServer"].full_name
 
 
 class Gate(grpc.ServerInterceptor):  # type: ignore[type-arg]
-    """Lets nobody in without a token, whatever the service, and before a message is read. `Guard` is behind it."""
+    """Lets nobody in without a token, whatever the service, and before a message is read. `Guard` is behind it.
 
-    def __init__(self, access: Access) -> None:
+    check_health: answers the one call that takes no token.
+    """
+
+    def __init__(self, access: Access, check_health: Behaviour) -> None:
         self._access = access
+        self._check_health = check_health
 
     def intercept_service(
         self,
@@ -33,7 +37,7 @@ class Gate(grpc.ServerInterceptor):  # type: ignore[type-arg]
     ) -> "grpc.RpcMethodHandler[Any, Any] | None":
         service, _, method = handler_call_details.method.removeprefix("/").rpartition("/")
         if (service, method) == (health.SERVICE_NAME, "Check"):
-            return continuation(handler_call_details)
+            return self._health()
         try:
             caller = self._access.caller(handler_call_details.invocation_metadata)
             if service == health.SERVICE_NAME:
@@ -46,6 +50,15 @@ class Gate(grpc.ServerInterceptor):  # type: ignore[type-arg]
         except ServerError as error:
             return self._refusal(error)
         return continuation(handler_call_details)
+
+    def _health(self) -> "grpc.RpcMethodHandler[Any, Any]":
+        """Answers for the server as a whole, whatever is asked for, and without waiting for that: strangers who begin
+        checks and never say of what would take the places of everybody's calls."""
+
+        def check(requests: Iterable[bytes], context: grpc.ServicerContext) -> Iterator[Any]:
+            yield self._check_health(health_pb2.HealthCheckRequest(), context)
+
+        return grpc.stream_stream_rpc_method_handler(check, None, health_pb2.HealthCheckResponse.SerializeToString)
 
     def _refusal(self, error: ServerError) -> "grpc.RpcMethodHandler[Any, Any]":
         def refuse(requests: Iterable[bytes], context: grpc.ServicerContext) -> None:

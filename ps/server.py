@@ -79,11 +79,12 @@ class Server:
         )
         self._security = security
         self._service = ParameterServer(self._jobs, self._links)
+        self._health = health.HealthServicer()
         self._grpc = grpc.server(
             # A stream or a wait occupies a thread. They are started on demand.
             ThreadPoolExecutor(self._jobs.places.threads, thread_name_prefix="grpc"),
             maximum_concurrent_rpcs=self._jobs.places.threads,
-            interceptors=[] if security.access is None else [Gate(security.access)],
+            interceptors=[] if security.access is None else [Gate(security.access, self._health.Check)],
             options=[
                 # Without this a second server on the same port would silently share it.
                 ("grpc.so_reuseport", 0),
@@ -99,7 +100,6 @@ class Server:
         )
         guard = None if security.access is None else Guard(security.access, self._jobs.peek)
         add_service(self._service, self._grpc, guard)
-        self._health = health.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
         name = zero_ps_pb2.DESCRIPTOR.services_by_name["ParameterServer"].full_name
         reflection.enable_server_reflection((name, health.SERVICE_NAME, reflection.SERVICE_NAME), self._grpc)

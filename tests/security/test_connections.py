@@ -8,12 +8,15 @@ import socket
 import ssl
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import grpc
 import pytest
+from grpc_health.v1 import health_pb2
 
 import trainer
 from protos import zero_ps_pb2 as pb
@@ -230,3 +233,32 @@ def test_a_new_certificate_is_taken_and_a_broken_one_is_not(start, files: Files,
         assert presented() == of(ours / "elsewhere.crt")
         # Who was connected still is.
         job.servers[0].describe(10)
+
+
+def test_strangers_who_begin_health_checks_take_nobodys_place(start, files: Files) -> None:
+    ours = files.other
+    tls = ("--tls-cert", ours / "server.crt", "--tls-key", ours / "server.key")
+    server = start(*tls, "--tokens", files.tokens, "--max-sessions", 2)
+    never = threading.Event()
+
+    def nothing() -> Iterator[bytes]:
+        never.wait(60)
+        yield b""
+
+    channels = [
+        trainer.Credentials(ca=ours / "ca.crt").open_channel(server.address, [("grpc.use_local_subchannel_pool", 1)])
+        for _ in range(6)
+    ]
+    try:
+        checks = [
+            channel.stream_unary("/grpc.health.v1.Health/Check").future(nothing(), timeout=60)
+            for channel in channels
+            for _ in range(60)
+        ]
+        for check in checks:
+            assert health_pb2.HealthCheckResponse.FromString(check.result(30)).status == 1
+        trainer.connect(server.address, credentials=trainer.Credentials(ca=ours / "ca.crt", token=TOKEN)).close()
+    finally:
+        never.set()
+        for channel in channels:
+            channel.close()
