@@ -101,10 +101,10 @@ class Assembly:
         if group is not None and group.number and self._sessions.expected():
             kinds.add(group.elastic)
         if kinds - {applicant.elastic}:
-            is_, are = ("elastic=True", "without it") if applicant.elastic else ("elastic=False", "with elastic=True")
+            own, theirs = ("with", "without") if applicant.elastic else ("without", "with")
             raise Conflict(
-                f"this trainer connects to job {self._job!r} with {is_} and others are there {are}; give every trainer "
-                "the same"
+                f"this trainer connects to job {self._job!r} {own} elastic=True and others are there {theirs} it; give "
+                "all the same"
             )
 
     def _admit(self, applicant: Applicant) -> None:

@@ -2,7 +2,9 @@
 
 import os
 import time
+import traceback
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -66,68 +68,92 @@ class Plain:
 def steps(
     addresses: list[str],
     job: str,
+    notes: str,
     until: int,
-    commit_at: list[int] | None = None,
-    pause: float = 0.0,
     elastic: bool = False,
     announced: bool = False,
-    notes: str | None = None,
-    timeout: float = 60.0,
+    wait: str = "",
+    stall: int = -1,
+    stall_seconds: float = 600.0,
+    grow: bool = False,
+    pause: float = 0.05,
 ) -> dict[str, Any]:
     """Trains and recovers, whatever happens, until the job has made so many steps.
 
-    notes: a file that gets a line for each step that this trainer has made, and for each that it begins.
+    notes: a folder, in which a file named for RANK gets a line for what this trainer does.
+    wait: before it connects, for a note with this name. stall: the step in which it hangs once, before it is made.
+    grow: not `until` ends it, but the third step with two trainers after there was one.
     """
-    rank = int(os.environ["RANK"])
-    note = _Notes(notes, rank)
-    losses: dict[int, float] = {}
+    note = Notes(Path(notes), os.environ["RANK"])
     rewinds: list[int] = []
     lost: list[str] = []
-    sizes: dict[int, int] = {}
-    with trainer.connect(addresses, job=job, elastic=elastic, timeout=timeout, connect_timeout=60) as connection:
-        joined_at = connection.step
+    losses: dict[int, float] = {}
+    places: dict[int, tuple[int, int]] = {}
+    note("started")
+    if wait:
+        Notes(Path(notes), wait).wait_for("go")
+    with trainer.connect(addresses, job=job, elastic=elastic, timeout=60, connect_timeout=60) as connection:
         model = trainer.offload(seeded(Residual), connection)
         optimizer = adamw(model)
         if not connection.complete:
             connection.commit()
+        joined_at = connection.step
         while connection.step < until:
             with connection.recovering(
-                on_rewind=rewinds.append, on_lost=lambda error: lost.append(f"{type(error).__name__}: {error}")
+                rewinds.append, on_lost=lambda error: lost.append(f"{type(error).__name__}: {error}")
             ):
-                step, size = connection.step, connection.world_size
-                note(f"begin {step} {connection.rank}/{size}")
-                loss = loss_of(model, share(step, connection.rank, size))
-                if announced:
-                    with optimizer.last_backward():
-                        loss.backward()
-                else:
+                step, rank, size = connection.step, connection.rank, connection.world_size
+                note(f"step {step} as {rank}/{size}")
+                loss = loss_of(model, share(step, rank, size))
+                with optimizer.last_backward() if announced else nullcontext():
                     loss.backward()
+                if step == stall:
+                    stall = -1
+                    note("stalled")
+                    time.sleep(stall_seconds)
                 time.sleep(pause)
                 optimizer.step()
                 optimizer.zero_grad()
-                losses[step], sizes[step] = loss.item(), size
-                if connection.step in (commit_at or ()):
-                    connection.commit()
-                note(f"made {step}")
+                losses[step], places[step] = loss.item(), (rank, size)
+                if grow and size == 2 and (joined_at == step or places.get(step - 1) == (0, 1)):
+                    until = step + 3
         params = gathered_values(model)
         connection.barrier("the end")
-        return {
-            "rank": connection.rank,
-            "world_size": connection.world_size,
+        result = {
             "joined_at": joined_at,
             "losses": losses,
-            "sizes": sizes,
+            "places": places,
             "rewinds": rewinds,
             "lost": lost,
             "params": params,
         }
+    note("ended")
+    return result
 
 
-class _Notes:
-    def __init__(self, path: str | None, rank: int) -> None:
-        self._file = None if path is None else (Path(path) / f"{rank}-{os.getpid()}").open("a")
+def run(rank: int, world_size: int, result: str, arguments: dict[str, Any]) -> None:
+    """`steps` in a process of its own; what it returns, or the error, is left in a file."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size))
+    torch.set_num_threads(1)
+    try:
+        torch.save(steps(**arguments), result)
+    except BaseException:
+        Path(f"{result}.error").write_text(traceback.format_exc())
+        raise
+
+
+class Notes:
+    """What one process tells another, line by line in a file."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self._path = folder / f"notes-{name}"
 
     def __call__(self, text: str) -> None:
-        if self._file is not None:
-            self._file.write(f"{text}\n")
-            self._file.flush()
+        with self._path.open("a") as file:
+            file.write(f"{text}\n")
+
+    def wait_for(self, text: str, seconds: float = 240.0) -> None:
+        end = time.monotonic() + seconds
+        while not self._path.exists() or f"\n{text}" not in f"\n{self._path.read_text()}":
+            assert time.monotonic() < end, f"{self._path.name} never said {text!r}"
+            time.sleep(0.02)

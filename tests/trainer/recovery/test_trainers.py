@@ -1,0 +1,169 @@
+"""Trainers are killed, stopped, replaced, and come and go: the bits are those of an undisturbed run."""
+
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import trainer
+from ps import LocalCluster
+from tests.trainer.recovery.programs import Notes, Plain, run
+
+LEASE = 5.0
+SECONDS = 240.0
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[LocalCluster]:
+    with LocalCluster(servers=2, lease=LEASE) as cluster:
+        yield cluster
+
+
+class Trainers:
+    """Processes that run `programs.steps`, by name; a name is a rank and perhaps more.
+
+    They are forks of one that has imported everything, which takes longest.
+    """
+
+    def __init__(self, cluster: LocalCluster, job: str, folder: Path) -> None:
+        self._cluster, self._job, self._folder = cluster, job, folder
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(["tests.trainer.recovery.programs"])
+        self._processes: dict[str, Any] = {}
+
+    def start(self, name: str, world_size: int = 2, **arguments: Any) -> None:
+        arguments = {"addresses": self._cluster.addresses, "job": self._job, "notes": str(self._folder)} | arguments
+        process = self._context.Process(
+            target=run, args=(int(name[0]), world_size, str(self._folder / name), {"until": 6} | arguments)
+        )
+        process.start()
+        self._processes[name] = process
+
+    def notes(self, name: str) -> Notes:
+        return Notes(self._folder, name)
+
+    def signal(self, name: str, number: signal.Signals) -> None:
+        os.kill(self._processes[name].pid, number)
+
+    def kill(self, name: str) -> None:
+        process = self._processes.pop(name)
+        process.kill()
+        process.join()
+
+    def failed(self, name: str) -> str:
+        """The error with which a trainer ends."""
+        process = self._processes.pop(name)
+        process.join(SECONDS)
+        assert process.exitcode == 1, process.exitcode
+        return (self._folder / f"{name}.error").read_text()
+
+    def results(self) -> dict[str, dict[str, Any]]:
+        for name, process in self._processes.items():
+            process.join(SECONDS)
+            error = self._folder / f"{name}.error"
+            said = error.read_text() if error.exists() else "nothing"
+            assert process.exitcode == 0, f"trainer {name} ended with {process.exitcode} and said:\n{said}"
+        return {name: torch.load(self._folder / name) for name in self._processes}
+
+    def close(self) -> None:
+        for process in self._processes.values():
+            process.kill()
+            process.join()
+
+
+@pytest.fixture
+def trainers(cluster: LocalCluster, job_name: str, tmp_path: Path) -> Iterator[Trainers]:
+    trainers = Trainers(cluster, job_name, tmp_path)
+    yield trainers
+    trainers.close()
+
+
+def check(results: dict[str, dict[str, Any]], steps: int) -> Plain:
+    """Compares losses and parameters with plain torch, which has as many trainers at each step."""
+    sizes = {step: place[1] for result in results.values() for step, place in result["places"].items()}
+    plain = Plain(lambda step: sizes[step]).train_to(steps)
+    for result in results.values():
+        for step, loss in result["losses"].items():
+            assert loss == plain.losses[step][result["places"][step][0]], step
+        plain.check(result["params"])
+    return plain
+
+
+@pytest.mark.parametrize("announced", [False, True], ids=["plain", "announced"])
+def test_a_trainer_that_is_killed_is_replaced_and_the_rest_waits_for_it(trainers: Trainers, announced: bool) -> None:
+    trainers.start("0", announced=announced)
+    trainers.start("1", announced=announced, stall=3)
+    trainers.notes("1").wait_for("stalled")
+    trainers.kill("1")
+    trainers.start("1", announced=announced)
+    results = trainers.results()
+    check(results, 6)
+    (lost,) = results["0"]["lost"]
+    assert lost.startswith("TrainerLost") and "rank 1 of job" in lost
+    if not announced:
+        # No chunk had moved on, so the step is made again from memory.
+        assert results["1"]["joined_at"] == 3
+        assert results["0"]["rewinds"] == [3]
+
+
+def test_a_trainer_that_was_stopped_for_longer_than_its_lease_comes_back(trainers: Trainers) -> None:
+    trainers.start("0")
+    trainers.start("1", stall=3, stall_seconds=1.0)
+    trainers.notes("1").wait_for("stalled")
+    trainers.signal("1", signal.SIGSTOP)
+    time.sleep(LEASE + 2.5)
+    trainers.signal("1", signal.SIGCONT)
+    results = trainers.results()
+    check(results, 6)
+    (lost,) = results["1"]["lost"]
+    assert lost.startswith("SessionLost") and "its lease ended after" in lost
+    (lost,) = results["0"]["lost"]
+    assert "rank 1 of job" in lost and "its lease ended after" in lost
+
+
+def test_a_trainer_that_was_stopped_and_replaced_says_so_and_disturbs_nobody(trainers: Trainers) -> None:
+    trainers.start("0", stall=5, stall_seconds=3.0)
+    trainers.start("1", stall=3, stall_seconds=1.0)
+    trainers.start("1 again", wait="parent")
+    trainers.notes("1").wait_for("stalled")
+    trainers.signal("1", signal.SIGSTOP)
+    trainers.notes("parent")("go")
+    trainers.notes("0").wait_for("stalled")
+    trainers.signal("1", signal.SIGCONT)
+    output = trainers.failed("1")
+    assert "another trainer process has taken rank 1 of job" in output
+    results = trainers.results()
+    check(results, 6)
+    assert len(results["0"]["lost"]) == 1
+
+
+def test_an_elastic_job_shrinks_and_grows(trainers: Trainers) -> None:
+    arguments: dict[str, Any] = {"elastic": True, "grow": True, "until": 10_000}
+    trainers.start("0", **arguments)
+    trainers.start("1", **arguments, stall=3)
+    trainers.start("1 later", **arguments, wait="parent")
+    trainers.notes("1").wait_for("stalled")
+    trainers.kill("1")
+    trainers.notes("0").wait_for("step 4 as 0/1")
+    trainers.notes("parent")("go")
+    results = trainers.results()
+    joined_at = results["1 later"]["joined_at"]
+    check(results, joined_at + 3)
+    sizes = {step: place[1] for step, place in results["0"]["places"].items()}
+    assert sizes == {step: 2 if step < 3 or step >= joined_at else 1 for step in range(joined_at + 3)}
+    # The step was made again from memory; who came later came between two steps.
+    assert results["0"]["rewinds"] == [3]
+    assert len(results["0"]["lost"]) == 1
+    assert results["1 later"]["lost"] == []
+
+
+def test_elastic_and_fixed_trainers_do_not_mix(cluster: LocalCluster, job_name: str) -> None:
+    refused = pytest.raises(trainer.RequestRefused, match="connects to job .* without elastic")
+    with trainer.connect(cluster.addresses, job=job_name, elastic=True), refused:
+        trainer.connect(cluster.addresses, job=job_name)
