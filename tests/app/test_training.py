@@ -118,6 +118,7 @@ def test_a_log_that_cannot_be_written_ends_it_before_training_begins(cluster: Lo
 def test_a_server_that_dies_ends_training_with_1_and_says_where_it_goes_on(job_name: str, tmp_path: Path) -> None:
     log = tmp_path / "log.jsonl"
     flags = ["--job", job_name, "--steps", "100000", "--commit-every", "2", "--step-log", str(log)]
+    flags += ["--recover-timeout", "0"]
     with LocalCluster(servers=2, data_dir=tmp_path / "state") as cluster:
         processes = [start(cluster, rank, 2, *flags) for rank in range(2)]
         until = time.monotonic() + 60
@@ -145,3 +146,29 @@ def test_a_server_that_dies_ends_training_with_1_and_says_where_it_goes_on(job_n
         (later,) = run(cluster, 1, "--job", job_name, "--steps", str(made + 3))
         # A generation that was on its way when the server died may have become complete.
         assert re.search(rf"going on at step ({committed}|{committed + 2})$", later, re.MULTILINE), later
+
+
+def test_training_goes_on_when_a_server_comes_back_and_stops_for_sigterm(job_name: str, tmp_path: Path) -> None:
+    log = tmp_path / "log.jsonl"
+    flags = ["--job", job_name, "--steps", "100000", "--commit-every", "2", "--step-log", str(log)]
+
+    def wait_for(step: int) -> None:
+        until = time.monotonic() + 120
+        while not (log.exists() and any(line["step"] >= step for line in steps_of(log))):
+            assert time.monotonic() < until
+            assert [process.poll() for process in processes] == [None, None], processes[0].communicate()[0]
+            time.sleep(0.05)
+
+    with LocalCluster(servers=2, data_dir=tmp_path / "state") as cluster:
+        processes = [start(cluster, rank, 2, *flags) for rank in range(2)]
+        wait_for(5)
+        cluster.kill(1)
+        cluster.restart(1)
+        made = steps_of(log)[-1]["step"]
+        wait_for(made + 5)
+        processes[0].send_signal(signal.SIGTERM)
+        said = [process.communicate(timeout=100)[0] for process in processes]
+        assert processes[0].returncode == 128 + signal.SIGTERM, said
+        assert re.search(r"^lost at step \d+: server ", said[0], re.MULTILINE), said[0]
+        assert re.search(r"^going on at step \d+, from a commit$", said[0], re.MULTILINE), said[0]
+        assert [line["step"] for line in steps_of(log)] == list(range(1, len(steps_of(log)) + 1))

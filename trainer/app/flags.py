@@ -30,6 +30,7 @@ class Settings:
     seed: int
     commit_every: int
     connect_timeout: float
+    recover_timeout: float
     credentials: trainer.Credentials
     max_live_bytes: int | None
     timeline: Path | None
@@ -72,6 +73,7 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
         seed=flags.seed,
         commit_every=flags.commit_every,
         connect_timeout=flags.connect_timeout,
+        recover_timeout=flags.recover_timeout,
         credentials=credentials,
         max_live_bytes=flags.max_live_bytes,
         timeline=flags.timeline,
@@ -108,6 +110,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--job", default="gpt", help="the job's name on the servers")
     add("--commit-every", type=_count, default=50, metavar="STEPS", help="0: only at the end")
     add("--connect-timeout", type=_positive, default=20.0, metavar="SECONDS", help="for servers and trainers")
+    add(
+        "--recover-timeout",
+        type=_seconds,
+        default=600.0,
+        metavar="SECONDS",
+        help="to wait for servers and trainers that are lost; 0: end instead",
+    )
 
     add = parser.add_argument_group("security").add_argument
     add("--tls-ca", metavar="FILE", help="the servers' authority, for TLS; else ZERO_PS_TLS_CA")
@@ -178,6 +187,10 @@ def _size(text: str) -> int:
         return parse_bytes(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _seconds(text: str) -> float:
+    return 0.0 if text.strip() in ("0", "0.0") else _positive(text)
 
 
 def _positive(text: str) -> float:

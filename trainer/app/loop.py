@@ -59,57 +59,65 @@ def train(settings: Settings) -> int:
         began = time.monotonic()
         committed = Committed()
         moved = Moved()
-        stopped = False
+        stopped = ended = False
+        everyone: list[dict[str, Any]] = []
         timeline = (
             nullcontext()
             if settings.timeline is None or job.rank
             else trainer.record_timeline(model, settings.timeline)
         )
         with timeline, closing(report), _ends_with_an_explanation(job, committed):
-            while job.step < settings.steps and not stopped:
-                started = time.monotonic()
-                for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(job.step, settings)
-                x, y = corpus.batch(
-                    seed=settings.seed,
-                    step=job.step,
-                    rank=job.rank,
-                    size=settings.batch,
-                    context=settings.model.context,
-                )
-                loss = model(x.to(device), y.to(device))
-                # Clipping takes the norm of all gradients, so with it no update can begin before backward has ended.
-                with optimizer.last_backward() if settings.clip is None else nullcontext():
-                    loss.backward()
-                if settings.clip is not None:
-                    trainer.clip_grad_norm_(model.parameters(), settings.clip)
-                optimizer.step()
-                optimizer.zero_grad()
-
-                everyone = _exchange(
-                    job, loss=loss.item(), stop=interrupt.requested, committed=committed.step, **vars(job.stats)
-                )
-                # Ranks stop together or not at all: one that went on alone would wait for the others.
-                stopped = any(one["stop"] for one in everyone)
-                committed.step = everyone[0]["committed"]
-                pulled, pushed = moved.since(everyone)
-                report.step(
-                    StepReport(
-                        step=job.step,
-                        loss=sum(one["loss"] for one in everyone) / len(everyone),
-                        seconds=time.monotonic() - started,
-                        bytes_pulled=pulled,
-                        bytes_pushed=pushed,
-                    )
-                )
-                if settings.commit_every and job.step % settings.commit_every == 0:
-                    _commit(job, committed, settings, corpus)
-            if first_step < job.step != committed.step:
+            if settings.recover_timeout and not job.complete:
+                # What was never committed cannot survive the loss of a server.
                 _commit(job, committed, settings, corpus)
+            while not ended:
+                with _recovers(job, settings, report, interrupt):
+                    if job.step >= settings.steps or stopped:
+                        if first_step < job.step != committed.step:
+                            _commit(job, committed, settings, corpus)
+                        # The last exchange also keeps every session open until rank 0's commit is done.
+                        everyone = _exchange(job, peak_rss_bytes=machine.peak_rss_bytes(), **vars(job.stats))
+                        ended = True
+                        continue
+                    started = time.monotonic()
+                    for group in optimizer.param_groups:
+                        group["lr"] = learning_rate(job.step, settings)
+                    x, y = corpus.batch(
+                        seed=settings.seed,
+                        step=job.step,
+                        rank=job.rank,
+                        size=settings.batch,
+                        context=settings.model.context,
+                    )
+                    loss = model(x.to(device), y.to(device))
+                    # Clipping takes the norm of all gradients: with it no update can begin before backward has ended.
+                    with optimizer.last_backward() if settings.clip is None else nullcontext():
+                        loss.backward()
+                    if settings.clip is not None:
+                        trainer.clip_grad_norm_(model.parameters(), settings.clip)
+                    optimizer.step()
+                    optimizer.zero_grad()
+
+                    everyone = _exchange(
+                        job, loss=loss.item(), stop=interrupt.requested, committed=committed.step, **vars(job.stats)
+                    )
+                    # Ranks stop together or not at all: one that went on alone would wait for the others.
+                    stopped = any(one["stop"] for one in everyone)
+                    committed.step = everyone[0]["committed"]
+                    pulled, pushed = moved.since(everyone)
+                    report.step(
+                        StepReport(
+                            step=job.step,
+                            loss=sum(one["loss"] for one in everyone) / len(everyone),
+                            seconds=time.monotonic() - started,
+                            bytes_pulled=pulled,
+                            bytes_pushed=pushed,
+                        )
+                    )
+                    if settings.commit_every and job.step % settings.commit_every == 0:
+                        _commit(job, committed, settings, corpus)
             report.close()
 
-            # The last exchange also keeps every session open until rank 0's commit is done.
-            everyone = _exchange(job, peak_rss_bytes=machine.peak_rss_bytes(), **vars(job.stats))
             if job.rank == 0:
                 summary = {
                     "job": settings.job,
@@ -129,7 +137,7 @@ def train(settings: Settings) -> int:
                     write_summary(settings.summary, summary)
                 _conclude(settings, summary)
                 say(str(trainer.report(model)))
-    return 130 if stopped and job.step < settings.steps else 0
+    return 128 + interrupt.number if stopped and job.step < settings.steps else 0
 
 
 def learning_rate(step: int, settings: Settings) -> float:
@@ -144,26 +152,63 @@ def learning_rate(step: int, settings: Settings) -> float:
 
 
 class Interrupt:
-    """Turns Ctrl-C into a wish to stop after the running step; a second one, later, ends at once.
+    """Turns Ctrl-C and SIGTERM into a wish to stop after the running step; a second one, later, ends at once.
 
     torchrun passes on the signal that the terminal has already sent to all processes, so a second one
     that comes right after the first is the same Ctrl-C.
+
+    number: of the signal that came. waiting: for servers or trainers that are lost, so that no step is running: then
+    the first one ends at once, too.
     """
 
     SAME_KEYSTROKE_SECONDS = 2.0
 
     def __init__(self) -> None:
         self.requested = False
+        self.waiting = False
+        self.number = signal.SIGINT
         self._when = 0.0
-        signal.signal(signal.SIGINT, self._handle)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        if self.requested and now - self._when > self.SAME_KEYSTROKE_SECONDS:
+        if self.waiting or (self.requested and now - self._when > self.SAME_KEYSTROKE_SECONDS):
             raise KeyboardInterrupt
         if not self.requested:
             self.requested = True
+            self.number = signal.Signals(number)
             self._when = now
+
+
+@contextmanager
+def _recovers(job: trainer.Job, settings: Settings, report: Report, interrupt: Interrupt) -> Iterator[None]:
+    """Context of a step, after which the job goes on also where servers or trainers were lost; rank 0 says so.
+
+    Batches and learning rates are functions of the step, so that nothing else has to be rewound.
+    """
+
+    def lost(error: trainer.ZeroPsError) -> None:
+        if interrupt.requested:
+            # Who is to stop waits for nobody.
+            raise KeyboardInterrupt
+        interrupt.waiting = True
+        if job.rank == 0:
+            say(f"lost at step {job.step}: {error}. Waiting up to {settings.recover_timeout:g} s")
+
+    def rewind(step: int) -> None:
+        report.rewind(step)
+        if job.rank == 0:
+            say(f"going on at step {step}, {'from a commit' if job.restored else 'from the memory of the servers'}")
+
+    if not settings.recover_timeout:
+        yield
+        return
+    try:
+        with job.recovering(rewind, on_lost=lost, timeout=settings.recover_timeout):
+            yield
+    finally:
+        interrupt.waiting = False
 
 
 @dataclass
@@ -177,7 +222,8 @@ class Moved:
         before = self.pulled, self.pushed
         self.pulled = sum(one["bytes_pulled"] for one in everyone)
         self.pushed = sum(one["bytes_pushed"] for one in everyone)
-        return self.pulled - before[0], self.pushed - before[1]
+        # A trainer that took the place of another one begins to count anew.
+        return max(0, self.pulled - before[0]), max(0, self.pushed - before[1])
 
 
 @dataclass

@@ -42,6 +42,7 @@ class Report:
         self.last_step = first_step
         self._recent: deque[StepReport] = deque(maxlen=SMOOTHED_STEPS)
         self._steps = steps
+        self._path = log
         self._shown = shown
         self._last_line = 0.0
         self._log = _open_log(log, first_step) if log is not None and shown else None
@@ -69,6 +70,19 @@ class Report:
             if now - self._last_line >= LINE_SECONDS or report.step == self._steps:
                 self._last_line = now
                 say(f"step {report.step}/{self._steps}  {self._numbers()}")
+
+    def rewind(self, step: int) -> None:
+        """The job goes on at this step, which it or a later one may have made before."""
+        if step >= self.last_step:
+            return
+        self.last_step = step
+        self._recent.clear()
+        if self._log is not None and self._path is not None:
+            self._log.close()
+            self._log = _open_log(self._path, step)
+        if self._bar is not None:
+            self._bar.n = step
+            self._bar.refresh()
 
     def close(self) -> None:
         if self._bar is not None:
