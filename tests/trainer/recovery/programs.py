@@ -115,7 +115,7 @@ def steps(
                 optimizer.step()
                 optimizer.zero_grad()
                 losses[step], places[step] = loss.item(), (rank, size)
-                if grow and size == 2 and (joined_at == step or places.get(step - 1) == (0, 1)):
+                if grow and size == 2 and (0 < joined_at == step or places.get(step - 1) == (0, 1)):
                     until = step + 3
         params = gathered_values(model)
         connection.barrier("the end")
