@@ -60,7 +60,7 @@ test-gpu: install ## the tests that need a CUDA device
 		echo "no GPU: torch finds no CUDA device here, so no GPU test was run"; \
 	fi
 
-soak: install ## kill servers at random instants, 50 times, and compare with an undisturbed run (ARGS='--seed 1')
+soak: install ## kill servers 50 times, then kill, stop and cut off all kinds of processes 100 times (ARGS='--seed 1')
 	$(BIN)/python -m tests.soak $(ARGS)
 
 load: install ## 32 sessions against one server for a minute (ARGS='--sessions 64')

@@ -347,26 +347,36 @@ def chaos(
     return Chaos(folder, seed, trainers, links, memory, say).run(faults)
 
 
+def storm(
+    faults: int, seed: int, trainers: int | None = None, links: list[str] | None = None, memory: str | None = None
+) -> None:
+    """So many faults in all, half of them with one trainer and half with two; says what came of it."""
+    half = faults // 2
+    plans = [(faults, trainers)] if trainers else [(half, 1), (faults - half, 2)]
+    for number, world_size in plans:
+        began = time.monotonic()
+        with tempfile.TemporaryDirectory(prefix="zero-ps-chaos-") as folder:
+            say = functools.partial(print, flush=True)
+            tally = chaos(number, seed, Path(folder), trainers=world_size, links=links, memory=memory, say=say)
+        print(f"chaos: {world_size} trainer(s): {tally}; in {time.monotonic() - began:.0f} s", flush=True)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--faults", type=int, default=100, help="in all (default: %(default)s)")
-    parser.add_argument("--trainers", type=int, default=0, help="(default: half of the faults with 1, half with 2)")
+    parser.add_argument("--trainers", type=int, default=None, help="(default: half of the faults with 1, half with 2)")
     parser.add_argument("--seed", type=int, default=None, help="(default: one of its own)")
-    parser.add_argument("--links", default=None, help="kinds that trainers may use (default: grpc, then all)")
+    parser.add_argument(
+        "--links",
+        default="grpc",
+        help="kinds that trainers may use; the proxies see gRPC only (default: %(default)s)",
+    )
+    parser.add_argument("--memory", default=None, help="of each server (default: no limit)")
     options = parser.parse_args(arguments)
     seed = random.SystemRandom().randrange(1 << 32) if options.seed is None else options.seed
     torch.set_num_threads(1)
-    half = options.faults // 2
-    plans = [(options.faults, options.trainers)] if options.trainers else [(half, 1), (options.faults - half, 2)]
     print(f"chaos: {options.faults} faults, --seed {seed}", flush=True)
-    for faults, trainers in plans:
-        links = options.links.split(",") if options.links else ["grpc"]
-        began = time.monotonic()
-        with tempfile.TemporaryDirectory(prefix="zero-ps-chaos-") as folder:
-            tally = chaos(
-                faults, seed, Path(folder), trainers=trainers, links=links, say=functools.partial(print, flush=True)
-            )
-        print(f"chaos: {trainers} trainer(s): {tally}; in {time.monotonic() - began:.0f} s", flush=True)
+    storm(options.faults, seed, options.trainers, options.links.split(","), options.memory)
     print("chaos: all is as it has to be")
     return 0
 

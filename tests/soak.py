@@ -3,7 +3,7 @@
 A trainer trains and commits, every other time without waiting, until a server is killed under it. Each time the
 newest commits have to pass `verify`, the run goes on from no earlier commit than the last that was known to be
 done, and every loss has to be that of an undisturbed run, bit for bit. Half of the kills are of servers whose memory
-is limited.
+is limited. Then `tests.chaos` does worse.
 """
 
 import argparse
@@ -21,6 +21,7 @@ import torch
 import trainer
 from ps import LocalCluster
 from ps.tools.verification import verify
+from tests.chaos import storm
 from tests.models import Residual, seeded, train
 
 JOB = "soak"
@@ -175,6 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=None, help="of the instants (default: one of its own)")
     parser.add_argument("--disks", type=int, default=2, help="data folders of each server (default: %(default)s)")
+    parser.add_argument("--faults", type=int, default=100, help="of `tests.chaos` afterwards (default: %(default)s)")
     parser.add_argument("--memory", default="10MiB", help="of servers in the second half (default: %(default)s)")
     options = parser.parse_args(arguments)
     seed = random.SystemRandom().randrange(1 << 32) if options.seed is None else options.seed
@@ -189,6 +191,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         done, steps = done + outcome.kills, steps + outcome.steps
     seconds = time.monotonic() - began
     print(f"soak: {done} kills and {steps} steps in {seconds:.0f} s, and all is as it has to be")
+    if options.faults:
+        print(f"soak: {options.faults} faults of every kind, to servers, trainers and what is between them", flush=True)
+        storm(options.faults, seed, links=["grpc"])
     return 0
 
 
