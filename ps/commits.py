@@ -25,7 +25,8 @@ _log = logging.getLogger(__name__)
 def restore(job: Job, session: Session, key: CommitKey, restore_id: str, patience: Patience) -> str:
     """Loads a generation in place of whatever is in memory; returns its metadata. On disk nothing changes.
 
-    restore_id: the same on all servers that are brought to this state together.
+    restore_id: the same on all servers that are brought to this state together. One that came before changes nothing:
+        the call was sent again, and the state may have gone on since.
 
     Raises NotFound. Raises Conflict for a read-only session while there is something that others may need:
     trainers, or a state from which training can go on.
@@ -35,6 +36,8 @@ def restore(job: Job, session: Session, key: CommitKey, restore_id: str, patienc
         job.wait_at_rest(job.shard, session, patience)
     with job.disk(patience), job.shard_lock:
         shard = job.shard
+        if shard is not None and shard.restore_id == restore_id and shard.failure is None:
+            return shard.metadata
         if shard is not None and (shard.generation != key or shard.failure is not None):
             shard = None
         if session.read_only:

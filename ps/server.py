@@ -33,6 +33,9 @@ from ps.service import ParameterServer
 from ps.store import DataDir
 from ps.tier import Tier, policy_named
 
+_SPARE_CONNECTIONS = 128
+"""Besides two for each session: of those that are just being replaced, of status and health."""
+
 _CONNECTION_STREAMS = 64
 """Calls and streams of one connection; a trainer has its own, with less than ten. More of them wait in the client."""
 
@@ -91,6 +94,9 @@ class Server:
                 ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
                 ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
                 ("grpc.max_concurrent_streams", _CONNECTION_STREAMS),
+                ("grpc.max_allowed_incoming_connections", _SPARE_CONNECTIONS + 2 * options.server.max_sessions),
+                # Whoever connects and asks for nothing makes room.
+                ("grpc.max_connection_idle_ms", 300_000),
                 # Whoever connects and says nothing is disconnected.
                 ("grpc.server_handshake_timeout_ms", 20_000),
                 *KEEPALIVE,

@@ -100,6 +100,19 @@ def test_a_restore_undoes_what_came_after(address: str, job_name: str) -> None:
     assert all(map(torch.equal, train(client, 2, 4), expected))
 
 
+def test_a_restore_that_is_sent_again_does_not_undo_what_came_after(address: str, job_name: str) -> None:
+    (client,) = start_job(address, {"w": torch.zeros(4)}, job=job_name, lr=1.0)
+    client.call("Commit")
+    client.call("Restore", restore_id="ab")
+    client.set_optimizer(lr=1.0)
+    client.push_gradient(0, torch.ones(4))
+    client.step(0)
+    client.call("Restore", restore_id="ab")
+    assert torch.equal(client.pull(0, version=1), torch.full((4,), -1.0))
+    client.call("Restore", restore_id="ac")
+    assert torch.equal(client.pull(0), torch.zeros(4))
+
+
 def test_generations_of_an_abandoned_run_do_not_pass_for_the_new_one(
     cluster: LocalCluster, address: str, job_name: str
 ) -> None:

@@ -1,6 +1,7 @@
 """A client that goes over a limit is refused; another one works on meanwhile."""
 
 import queue
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import grpc
+import psutil
 import pytest
 import torch
 
@@ -191,6 +193,29 @@ def test_streams_of_nobody(server: LocalCluster, address: str, other: Client) ->
     open_session(address, "other-one").close()
     for channel in channels:
         channel.close()
+
+
+def test_connections_that_say_nothing(server: LocalCluster, address: str, other: Client, job_name: str) -> None:
+    """Half-open ones, those that stop in their handshake, and more than there may be."""
+    host, port = address.split(":")
+    process = psutil.Process(server.pid(0))
+    before = process.num_fds()
+    held = []
+    for number in range(2 * SESSIONS + 200):
+        with suppress(OSError):
+            held.append(connection := socket.create_connection((host, int(port)), timeout=10))
+            connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"[: number % 25])
+    deadline = time.monotonic() + 20
+    while process.num_fds() > before + 2 * SESSIONS + 128 + 16:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    for connection in held:
+        connection.close()
+    deadline = time.monotonic() + 20
+    while process.num_fds() > before + 8:
+        assert time.monotonic() < deadline, (process.num_fds(), before)
+        time.sleep(0.05)
+    open_session(address, job_name).close()
 
 
 def test_a_stream_that_says_nothing_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
