@@ -28,6 +28,7 @@ from google.protobuf.message_factory import GetMessageClass
 from hypothesis import HealthCheck, Phase
 from hypothesis import strategies as st
 
+from protos import PROTOCOL_VERSION
 from protos import zero_ps_pb2 as pb
 from ps import LocalCluster
 from tests.ps.client import Client
@@ -39,6 +40,7 @@ STREAMS = [method for method in SERVICE.methods if method.client_streaming]
 IMPROPER = {grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL, grpc.StatusCode.DATA_LOSS, grpc.StatusCode.UNAVAILABLE}
 """What says that the server is at fault."""
 
+_OWN = "<its own session>"
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 CALL_SECONDS = 1.0
 
@@ -66,6 +68,18 @@ _WORDS = [
     "../x",
     "a\0b",
 ]
+
+
+_LIKELY: dict[str, list[Any]] = {
+    "protocol_version": [PROTOCOL_VERSION] * 4 + [0, 99],
+    "shard": [0] * 4 + [1, (1 << 32) - 1],
+    "num_shards": [1] * 4 + [0, 2],
+    "rank": [0, 0, 1, (1 << 32) - 1],
+    "world_size": [1, 1, 2, 0, 100, (1 << 32) - 1],
+    "class_name": ["SGD", "AdamW", "", "torch.optim.SGD", "__class__"],
+    "kind": [0, 1, 2, 3, 4, 99],
+}
+"""So that what comes after the first checks is reached, too. A field of text or message is left alone."""
 
 
 # ---------------------------------------------------------------- cases
@@ -101,6 +115,8 @@ def _value(each: Any, sessions: Sequence[str], job: str, depth: int) -> st.Searc
     kind = each.cpp_type
     if each.name == "session_id":
         return st.sampled_from(sessions)
+    if each.name in _LIKELY and (kind == F.CPPTYPE_STRING) == isinstance(_LIKELY[each.name][0], str):
+        return st.sampled_from(_LIKELY[each.name])
     if each.name == "job":
         return st.sampled_from([job, f"{job}-2", "..", "x" * 101])
     if each.name == "timeout_seconds":
@@ -258,7 +274,7 @@ class Attack:
 
     # A session of the attacker's, one that has ended, none.
     def _sessions(self) -> list[str]:
-        return [self.own.session_id, self.own.session_id, self.bystander.ended, "", "no-such-session", "x" * 5000]
+        return [_OWN, _OWN, _OWN, _OWN, self.bystander.ended, "", "no-such-session", "x" * 5000]
 
     def _given(self, cases: int, strategy: st.SearchStrategy, send: Callable[[Any], None]) -> None:
         @hypothesis.seed(self._seed)
@@ -440,6 +456,11 @@ class Attack:
         """A message, without what its fields cannot hold."""
         message = kind()
         for name, value in fields.items():
+            if name == "header":
+                value = self._built(pb.PushHeader, value)
+            elif value == _OWN:
+                # As it is by now: what was sent before may have ended the one before.
+                value = self.own.session_id
             try:
                 message.MergeFrom(kind(**{name: value}))
             except (ValueError, TypeError):
@@ -457,7 +478,7 @@ class Attack:
         except grpc.RpcError as error:
             code, what = error.code(), f"{name}: {error.code()} {error.details()} for {raw[:300]!r}"  # type: ignore[attr-defined]
         self.tally.answered(kind, code, what)
-        if name in ("OpenSession", "Restore", "OpenJob", "SetOptimizer"):
+        if name in ("OpenSession", "JoinGroup", "EndGroup", "Restore", "OpenJob", "SetOptimizer"):
             self._come_back()
 
     def _come_back(self) -> None:
