@@ -35,7 +35,7 @@ class Job:
     """One job. Its methods block; `Patience` says for how long."""
 
     def __init__(
-        self, name: str, options: ServerOptions, store: JobStore, tier: Tier, held_chunks: Callable[[], int]
+        self, name: str, options: ServerOptions, store: JobStore, tier: Tier, held_chunks: Callable[[], int] = lambda: 0
     ) -> None:
         self.name = name
         self.options = options

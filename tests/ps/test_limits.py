@@ -4,7 +4,7 @@ import queue
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -145,18 +145,19 @@ def test_jobs() -> None:
 
 def test_calls_of_one_session_that_wait(address: str, other: Client, job_name: str) -> None:
     client = open_session(address, job_name, 0, 2)
-    waiting = [
-        client.stub.Barrier.future(
-            pb.BarrierRequest(session_id=client.session_id, tag=f"t{number}", timeout_seconds=60), timeout=60
-        )
-        # Two streams are open.
-        for number in range(places.PER_SESSION - 2)
-    ]
-    refused = grpc.StatusCode.OK, ""
-    deadline = time.monotonic() + 20
-    while refused[0] != FULL:
+    waiting = []
+    refused = None
+    deadline = time.monotonic() + 30
+    # Two streams are open.
+    while refused is None or len(waiting) > places.PER_SESSION - 2:
         assert time.monotonic() < deadline
-        refused = error_of(lambda: client.call("Barrier", tag="one too many", timeout_seconds=0.1))
+        request = pb.BarrierRequest(session_id=client.session_id, tag=f"t{len(waiting)}", timeout_seconds=60)
+        waiting.append(client.stub.Barrier.future(request, timeout=60))
+        time.sleep(0.1)
+        over = [call for call in waiting if call.done()]
+        waiting = [call for call in waiting if not call.done()]
+        refused = refused or (error_of(over[0].result) if over else None)
+    assert refused[0] == FULL
     assert f"this session has {places.PER_SESSION} calls and streams open, the most there may be" in refused[1]
     client.call("Heartbeat")
     for call in waiting:
@@ -245,29 +246,46 @@ def test_streams_that_outlive_their_sessions_are_ended(address: str, other: Clie
 # ---------------------------------------------------------------- sizes
 
 
+def _collect(responses: Iterable[pb.PushResponse], into: "queue.SimpleQueue[pb.PushResponse]") -> None:
+    # The stream ends with its client.
+    with suppress(grpc.RpcError):
+        for response in responses:
+            into.put(response)
+
+
 def test_bytes_in_flight(address: str, other: Client, job_name: str) -> None:
     (client,) = start_job(address, W | {"large": torch.zeros(1)}, job=job_name)
     staged = {"kind": pb.PushHeader.KIND_STAGED, "dtype": pb.DTYPE_UINT8, "session_id": client.session_id}
     second = Stream(client.stub.Push, client.session_id)
-    # Begun, and going on.
-    first = pb.PushHeader(chunks=[pb.ChunkRef()], chunk_bytes=[40 << 10], **staged)
-    client.pushes.requests.put(pb.PushRequest(header=first))
-    client.pushes.requests.put(pb.PushRequest(data=bytes(1)))
-    deadline = time.monotonic() + 20
+    acknowledged: queue.SimpleQueue[pb.PushResponse] = queue.SimpleQueue()
+    threading.Thread(target=lambda: _collect(client.pushes.call, acknowledged), daemon=True).start()
+
+    def begin() -> None:
+        """A push that goes on."""
+        header = pb.PushHeader(chunks=[pb.ChunkRef()], chunk_bytes=[40 << 10], **staged)
+        client.pushes.requests.put(pb.PushRequest(header=header))
+        client.pushes.requests.put(pb.PushRequest(data=bytes(1)))
+
+    begin()
+    deadline = time.monotonic() + 30
     while True:
-        second.requests.put(
-            pb.PushRequest(header=pb.PushHeader(chunks=[pb.ChunkRef()], chunk_bytes=[30 << 10], **staged))
-        )
+        header = pb.PushHeader(chunks=[pb.ChunkRef()], chunk_bytes=[30 << 10], **staged)
+        second.requests.put(pb.PushRequest(header=header))
         second.requests.put(pb.PushRequest(data=bytes(30 << 10)))
         response = next(second.call)
         if response.error.code == FULL.value[0]:
             break
         assert not response.HasField("error") and time.monotonic() < deadline
+        time.sleep(0.1)
+        if not acknowledged.empty():
+            # It came while one of these was arriving.
+            assert acknowledged.get().error.code == FULL.value[0]
+            begin()
     assert (
         "30.0 KiB were to be pushed at once, with 40.0 KiB of this session arriving already" in response.error.message
     )
     client.pushes.requests.put(pb.PushRequest(data=bytes((40 << 10) - 1)))
-    assert not next(client.pushes.call).HasField("error")
+    assert not acknowledged.get(timeout=20).HasField("error")
     # The first has arrived, and there is room again.
     second.requests.put(pb.PushRequest(header=pb.PushHeader(chunks=[pb.ChunkRef()], chunk_bytes=[30 << 10], **staged)))
     second.requests.put(pb.PushRequest(data=bytes(30 << 10)))
