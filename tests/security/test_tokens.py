@@ -1,11 +1,13 @@
 """The tokens file: what it may say, and what becomes of a new one."""
 
 import os
+import queue
 import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import grpc
 import pytest
 
 import trainer
@@ -109,9 +111,22 @@ def test_a_server_takes_new_tokens_and_forgets_old_ones(start, tmp_path: Path) -
     server = start("--tokens", path)
     stays = trainer.connect(server.address, job="stays", credentials=trainer.Credentials(token=GOOD))
     goes = trainer.connect(server.address, job="goes", credentials=trainer.Credentials(token=OTHER))
+    requests: queue.SimpleQueue[pb.PullRequest | None] = queue.SimpleQueue()
+    pulls = goes.servers[0].stream(
+        "Pull", iter(requests.get, None), pb.PullRequest.SerializeToString, pb.PullResponse.FromString
+    )
+    request = pb.PullRequest(session_id=goes.servers[0].session_id)
+    requests.put(request)
+    assert "has no state" in next(pulls).error.message
     path.write_text(f"{GOOD} train *\n")
     server.process.send_signal(signal.SIGHUP)
     server.log_with("again")
+    # Nor does a stream go on that is there.
+    requests.put(request)
+    with pytest.raises(grpc.RpcError) as error:
+        next(pulls)
+    assert error.value.code() == grpc.StatusCode.UNAUTHENTICATED
+    requests.put(None)
     with pytest.raises(trainer.AccessDenied, match="does not know th"):
         barrier(goes)
     barrier(stays)
