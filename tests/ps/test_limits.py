@@ -19,8 +19,9 @@ from protos import zero_ps_pb2 as pb
 from ps import LocalCluster, opening, places, staging
 from ps.barrier import Barriers
 from ps.commits import MAX_TAGS
-from ps.errors import ServerFull
+from ps.errors import InvalidRequest, ServerFull
 from ps.home import IN_MEMORY
+from ps.links import LinkRefused, gloo
 from ps.monitor import Monitor, Patience
 from ps.runs import MAX_RUNS
 from ps.sessions import Sessions
@@ -359,6 +360,25 @@ def test_a_barrier_that_nobody_else_comes_to_goes_with_its_session(address: str,
     )
     assert list(both[1].call("Barrier", tag="t0", timeout_seconds=20, payload=b"1").payloads) == [b"0", b"1"]
     first.result()
+
+
+def test_links_that_are_prepared_and_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    try:
+        kind = gloo.GlooKind("127.0.0.1")
+    except LinkRefused as refused:
+        pytest.skip(str(refused))
+
+    def prepare(number: int) -> None:
+        token = f"{number:032x}"
+        kind.prepare(pb.PrepareLinkRequest(kind="gloo", token=token, host="127.0.0.1", address=b"nobody"))
+
+    monkeypatch.setattr(gloo, "_MAX_UNCLAIMED", 2)
+    prepare(0)
+    prepare(1)
+    with pytest.raises(InvalidRequest, match="or too many are"):
+        prepare(2)
+    monkeypatch.setattr(gloo, "_UNCLAIMED_SECONDS", 0.0)
+    prepare(2)
 
 
 def test_tags(server: LocalCluster, address: str, other: Client, job_name: str) -> None:
