@@ -30,7 +30,7 @@ from ps.job import Job
 from ps.monitor import Patience
 from ps.opening import set_optimizer
 from ps.sessions import Session
-from ps.steps import StepWish
+from ps.step_wish import StepWish
 from ps.store import OptimizerGroup, OptimizerSpec
 from ps.tier import Tier
 

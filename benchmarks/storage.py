@@ -32,7 +32,7 @@ from ps.opening import open_job, set_optimizer
 from ps.options import ServerOptions
 from ps.pull import answer_pulls
 from ps.sessions import Session
-from ps.steps import StepWish
+from ps.step_wish import StepWish
 from ps.store import CommitKey, DataDir, OptimizerGroup, OptimizerSpec, StoredParameter, direct
 from ps.tier import Tier, policy_named
 from ps.tier.buffers import Buffer

@@ -7,6 +7,8 @@ from typing import Literal
 
 import torch
 
+from ps.errors import InvalidRequest
+
 
 @dataclass(frozen=True)
 class GradientEdit:
@@ -31,6 +33,13 @@ class GradientEdit:
             gradient.mul_(self.value)
         else:
             gradient.clamp_(min=-self.value, max=self.value)
+
+
+def check_edits(edits: Iterable[GradientEdit], num_parameters: int) -> None:
+    """Raises InvalidRequest for an edit of no parameter, or of one that is not in the manifest."""
+    for edit in edits:
+        if not edit.parameters or max(edit.parameters) >= num_parameters:
+            raise InvalidRequest("an edit of gradients has to name parameters of the manifest")
 
 
 def by_parameter(edits: Iterable[GradientEdit]) -> Mapping[int, Sequence[GradientEdit]]:

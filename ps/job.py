@@ -14,6 +14,7 @@ from ps.barrier import Barriers
 from ps.chunk import Chunk
 from ps.errors import Conflict, JobFailed, Leaving, SessionEnded, Timeout
 from ps.generations import Generations
+from ps.gradient_norms import GradientNorms
 from ps.links import Chosen
 from ps.monitor import Monitor, Patience
 from ps.options import ServerOptions
@@ -23,7 +24,8 @@ from ps.schedule import Kind
 from ps.sessions import Session, Sessions
 from ps.shard import FLUSH_SECONDS, Shard, at_liberty
 from ps.staging import Staging
-from ps.steps import Steps, StepWish
+from ps.step_wish import StepWish
+from ps.steps import Steps
 from ps.store import JobStore
 from ps.tier import Area, Incoming, Part, Tier
 from ps.updater import Updater
@@ -59,6 +61,7 @@ class Job:
         self.commits = RunningCommits(name, self.monitor)
         self.updater = Updater(name, self.shard_lock, self.monitor, self.commits, late=options.late_updates)
         self.steps = Steps(name, self.sessions, self.monitor, self.updater)
+        self.norms = GradientNorms(name, self.steps, self.monitor)
         self.assembly = Assembly(name, self.sessions, self.monitor, self._newest_step)
         self._staging: dict[str, Staging] = {}
         self.leaving = False

@@ -300,7 +300,7 @@ class ParameterServer:
     def GradNorm(self, request: pb.GradNormRequest, context: grpc.ServicerContext) -> pb.GradNormResponse:
         job, session = self._jobs.find(request.session_id)
         patience = _patience(request.timeout_seconds, context)
-        norms = job.steps.norms(
+        norms = job.norms.of(
             session,
             job.open_shard(),
             request.step,

@@ -1,41 +1,29 @@
 """Steps of one job: contributions come in, become final, and a step begins once all trainers agree."""
 
-import math
-import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 
 import torch
 
-from protos.values import Option
 from ps.agreed_step import AgreedStep
 from ps.chunk import Chunk
-from ps.contributions import Contributions, Gradient, Terms, average, average_bytes, gradient_parts
+from ps.contributions import Contributions, Gradient, Terms
 from ps.errors import Conflict, InvalidRequest, JobFailed, SessionEnded
-from ps.gradient_edits import GradientEdit, by_parameter
+from ps.gradient_edits import by_parameter, check_edits
 from ps.monitor import Monitor, Patience
-from ps.norms import NormKey, Norms
+from ps.norms import Norms
 from ps.optimizer import Options
 from ps.sessions import Session, Sessions
 from ps.shard import Shard
-from ps.tier import Part, ReadAhead
+from ps.step_wish import StepWish, difference
+from ps.tier import Part
 from ps.updater import Updater
 
 
-@dataclass(frozen=True)
-class StepWish:
-    """What a trainer says a step is to do.
-
-    groups: the options of each parameter group.
-    edits: what is done to the averaged gradients before the update.
-    """
-
-    groups: tuple[Mapping[str, Option], ...]
-    edits: tuple[GradientEdit, ...]
-
-
 class Steps:
-    """Contributions of the present sessions, and who has said what about the next step."""
+    """Contributions of the present sessions, and who has said what about the next step.
+
+    norms: that were computed of them; see `ps.gradient_norms`.
+    """
 
     def __init__(self, job: str, sessions: Sessions, monitor: Monitor, updater: Updater) -> None:
         self._job = job
@@ -47,8 +35,7 @@ class Steps:
         self._wishes: dict[int, StepWish] = {}
         self._agreed: AgreedStep | None = None
         self._disagreement: str | None = None
-        self._norm_lock = threading.Lock()
-        self._norms = Norms()
+        self.norms = Norms()
 
     def join(self, session: Session) -> None:
         """A session begins; expects the monitor to be held."""
@@ -67,7 +54,7 @@ class Steps:
             self._wishes.pop(session.rank, None)
             self._abandon(f"rank {session.rank} was lost: {session.ended}")
             self._disagreement = None
-            self._norms.clear()
+            self.norms.clear()
 
     def reset(self) -> None:
         """Discards everything, for a restore; expects the monitor to be held."""
@@ -78,7 +65,7 @@ class Steps:
         self._wishes.clear()
         self._abandon("a restore came")
         self._disagreement = None
-        self._norms.clear()
+        self.norms.clear()
 
     @property
     def pending(self) -> bool:
@@ -102,6 +89,11 @@ class Steps:
             return self._contributions[session.id]
         except KeyError:
             raise SessionEnded("this session has just ended") from None
+
+    def by_rank(self, session: Session) -> list[Contributions] | None:
+        """Those of all ranks of a session's world, or None while one is missing; expects the monitor to be held."""
+        trainers = self._sessions.trainers(session.world_size)
+        return None if trainers is None else [self._contributions[trainer.id] for trainer in trainers]
 
     def agree_on(self, session: Session, terms: Terms) -> None:
         """Notes a session's terms. Raises Conflict if another one has stated others."""
@@ -191,121 +183,13 @@ class Steps:
                 if step != present:
                     raise Conflict(f"rank {session.rank} zeroes gradients of step {step} but is at step {present}")
                 if not stepped:
-                    self._check_not_announced(session, "zeroes gradients")
+                    self.check_not_announced(session, "zeroes gradients")
                     # Norms that were computed stay: other ranks may be about to ask for them.
                     if contributions.final_step == step:
                         contributions.epoch += 1
                     contributions.final_step = -1
                     self._monitor.changed()
             contributions.zero(chunks, present, keep_zeros)
-
-    def norms(
-        self,
-        session: Session,
-        shard: Shard,
-        step: int,
-        parameters: Sequence[int],
-        norm_type: float,
-        edits: Sequence[GradientEdit],
-        patience: Patience,
-    ) -> Sequence[float]:
-        """The norm of the averaged and edited gradient of each chunk here, in the order of the manifest.
-
-        Makes the session's contributions final and waits for those of the other ranks, of the same epoch. A
-        chunk that nobody contributed to has norm 0. Raises Conflict when this rank and another one cannot
-        be meaning the same gradients.
-        """
-        if math.isnan(norm_type):
-            raise InvalidRequest("norm_type is not a number")
-        _check_edits(shard, edits)
-        chunks = shard.select(parameters)
-        self.catch_up(session, shard, step, patience)
-        contributions = self.of(session)
-
-        def key() -> NormKey:
-            return NormKey(contributions.epoch, tuple(parameters), norm_type, tuple(edits))
-
-        def everyone() -> list[Contributions] | None:
-            trainers = self._sessions.trainers(session.world_size)
-            return None if trainers is None else [self._contributions[t.id] for t in trainers]
-
-        def all_final() -> bool:
-            by_rank = everyone()
-            return by_rank is not None and all(c.final_step == step and c.epoch == contributions.epoch for c in by_rank)
-
-        def check() -> None:
-            self.check_progress(session)
-            self._check_step(session, shard, step)
-            if self._contributions.get(session.id) is not contributions or contributions.final_step != step:
-                raise Conflict(f"rank {session.rank} discarded its gradients while it waited for their norm")
-            for other in self._sessions.trainers(session.world_size) or ():
-                if self._contributions[other.id].epoch > contributions.epoch:
-                    raise Conflict(
-                        f"rank {other.rank} discarded its gradients of step {step} before rank {session.rank} asked "
-                        "for their norm; every rank has to ask for the same norms and then call zero_grad"
-                    )
-
-        with contributions.lock, self._monitor:
-            self._check_step(session, shard, step)
-            if contributions.stepped != step:
-                self._check_not_announced(session, "asks for norms")
-            contributions.final_step = step
-            if self._norms.was_told(key(), session.id):
-                # It asks again and another rank began anew meanwhile: this one had nothing to discard, so
-                # what it has contributed is its part in the new epoch, too.
-                contributions.epoch = max(c.epoch for c in everyone() or (contributions,))
-            self._monitor.changed()
-        self._monitor.wait_until(
-            lambda: key() in self._norms or all_final(),
-            patience,
-            lambda: f"the other ranks' gradients of step {step} of job {self._job!r}",
-            check,
-        )
-        # Every rank asks for the same; the first one computes it. Until then none has its answer, so none
-        # discards what this reads.
-        with self._norm_lock:
-            with self._monitor:
-                asked, by_rank = key(), everyone()
-                norms = self._norms.tell(asked, session.id)
-                if norms is not None:
-                    return norms
-                if by_rank is None or not all_final():
-                    raise self._gone(session, check)
-            norms = self._compute_norms(shard, step, chunks, by_rank, norm_type, edits, patience)
-            with self._monitor:
-                if everyone() != by_rank or key() != asked or not all_final():
-                    raise self._gone(session, check)
-                self._norms.keep(asked, norms)
-                self._norms.tell(asked, session.id)
-            return norms
-
-    @staticmethod
-    def _compute_norms(
-        shard: Shard,
-        step: int,
-        chunks: Sequence[Chunk],
-        by_rank: Sequence[Contributions],
-        norm_type: float,
-        edits: Sequence[GradientEdit],
-        patience: Patience,
-    ) -> list[float]:
-        norms = []
-        edits_of = by_parameter(edits)
-        ahead = ReadAhead(shard.tier, chunks, lambda chunk: gradient_parts(chunk, by_rank, step))
-        for number, chunk in enumerate(chunks):
-            shard.schedule.norm(step, chunk)
-            ahead.reached(number)
-            norms.append(_norm(chunk, by_rank, step, norm_type, edits_of.get(chunk.parameter, ()), patience))
-        shard.schedule.norm(step, None)
-        return norms
-
-    def _gone(self, session: Session, check: Callable[[], None]) -> Conflict:
-        """Why gradients that were final are no longer; `check` may know better and raises then."""
-        check()
-        return Conflict(
-            f"gradients of job {self._job!r} were discarded while rank {session.rank} computed their norm: a trainer "
-            "was replaced, or gave up waiting"
-        )
 
     def catch_up(self, session: Session, shard: Shard, step: int, patience: Patience) -> None:
         """Waits for the other ranks where a trainer is one step ahead: it gave its word and pulled nothing since."""
@@ -327,7 +211,7 @@ class Steps:
         contributions = self.of(session)
         options = self._resolve(session, shard, wish)
         with contributions.lock, self._monitor:
-            self._check_step(session, shard, step)
+            self.check_step(session, shard, step)
             if contributions.stepped == step:
                 raise Conflict(f"rank {session.rank} announces step {step}, which it has asked for already")
             self._agree(session, shard, step, wish, options)
@@ -342,7 +226,7 @@ class Steps:
         """Takes an announcement back. Raises Conflict once the session has sent a final gradient."""
         contributions = self.of(session)
         with contributions.lock, self._monitor:
-            self._check_step(session, shard, step)
+            self.check_step(session, shard, step)
             if contributions.stepped == step or not contributions.done.issuperset(contributions.final_chunks(step)):
                 raise Conflict(
                     f"rank {session.rank} takes back its announcement of step {step} after it sent a final gradient"
@@ -372,7 +256,7 @@ class Steps:
         with contributions.lock, self._monitor:
             if contributions.stepped == step:
                 return
-            self._check_step(session, shard, step)
+            self.check_step(session, shard, step)
             self._agree(session, shard, step, wish, options)
             contributions.final_step = contributions.stepped = step
             if (agreed := self._agreed) is not None:
@@ -387,23 +271,23 @@ class Steps:
         if shard.optimizer is None:
             raise Conflict(f"job {self._job!r} has no optimizer; state one before the first step")
         if self._wishes.get(session.rank) != wish:
-            _check_edits(shard, wish.edits)
+            check_edits(wish.edits, len(shard.manifest))
         return shard.optimizer.resolve(wish.groups)
 
     def _agree(self, session: Session, shard: Shard, step: int, wish: StepWish, options: Options) -> None:
         """Notes a rank's wish; the step is agreed on with that of the last one."""
         shard.check_weights()
         mine = self._wishes.get(session.rank)
-        if mine is not None and (difference := _difference(mine, wish)):
+        if mine is not None and (differs := difference(mine, wish)):
             raise Conflict(
-                f"rank {session.rank} announced step {step} with {difference[0]} {difference[1]} and now names "
-                f"{difference[2]}; what was announced cannot change any more"
+                f"rank {session.rank} announced step {step} with {differs[0]} {differs[1]} and now names "
+                f"{differs[2]}; what was announced cannot change any more"
             )
         for rank, other in self._wishes.items():
-            if difference := _difference(other, wish):
+            if differs := difference(other, wish):
                 self._disagreement = (
-                    f"trainers disagree on step {step}: {difference[0]} is {difference[1]} on rank {rank} and "
-                    f"{difference[2]} on rank {session.rank}"
+                    f"trainers disagree on step {step}: {differs[0]} is {differs[1]} on rank {rank} and "
+                    f"{differs[2]} on rank {session.rank}"
                 )
                 self._monitor.changed()
                 raise Conflict(self._disagreement)
@@ -429,7 +313,8 @@ class Steps:
             agreed.lost = why
             self._updater.submit(agreed)
 
-    def _check_not_announced(self, session: Session, does: str) -> None:
+    def check_not_announced(self, session: Session, does: str) -> None:
+        """Raises Conflict if the session has announced the next step; expects the monitor to be held."""
         if session.rank in self._wishes:
             raise Conflict(
                 f"rank {session.rank} {does} after it announced the step of job {self._job!r}: some chunks may have "
@@ -439,9 +324,10 @@ class Steps:
     def _begin_epochs(self) -> None:
         for contributions in self._contributions.values():
             contributions.epoch = 0
-        self._norms.clear()
+        self.norms.clear()
 
-    def _check_step(self, session: Session, shard: Shard, step: int) -> None:
+    def check_step(self, session: Session, shard: Shard, step: int) -> None:
+        """Raises unless this is the job's next step; expects the monitor to be held."""
         session.check()
         if shard.failure is not None:
             raise JobFailed(f"{shard.failure}; restore a committed step to go on")
@@ -449,55 +335,3 @@ class Steps:
             raise Conflict(
                 f"rank {session.rank} is at step {step}, job {self._job!r} on shard {shard.index} at {shard.step}"
             )
-
-
-def _norm(
-    chunk: Chunk,
-    contributions: Sequence[Contributions],
-    step: int,
-    norm_type: float,
-    edits: Sequence[GradientEdit],
-    patience: Patience,
-) -> float:
-    parts = gradient_parts(chunk, contributions, step)
-    average_alone = average_bytes(chunk, contributions, step)
-    scratch = max(average_alone, chunk.num_bytes() if edits else 0)
-    what = f"the norm of the gradient of {chunk.label}"
-    with chunk.tier.lease(parts, scratch_bytes=scratch, what=what, patience=patience), chunk.lock:
-        gradient = average(chunk, contributions, step)
-        if gradient is None:
-            return 0.0
-        if edits and not average_alone:
-            # It is what the trainer sent, which the update edits once more.
-            gradient = gradient.clone()
-        for edit in edits:
-            edit.apply(gradient)
-        return float(torch.linalg.vector_norm(gradient, norm_type))
-
-
-def _check_edits(shard: Shard, edits: Iterable[GradientEdit]) -> None:
-    for edit in edits:
-        if not edit.parameters or max(edit.parameters) >= len(shard.manifest):
-            raise InvalidRequest("an edit of gradients has to name parameters of the manifest")
-
-
-def _difference(ours: StepWish, theirs: StepWish) -> tuple[str, object, object] | None:
-    """The first option that differs: its name and both values."""
-    if len(ours.groups) != len(theirs.groups):
-        return "the number of parameter groups", len(ours.groups), len(theirs.groups)
-    for number, (mine, other) in enumerate(zip(ours.groups, theirs.groups, strict=True)):
-        for name in sorted(set(mine) | set(other)):
-            if name not in mine or name not in other or not _same(mine[name], other[name]):
-                return f"option {name!r} of group {number}", mine.get(name), other.get(name)
-    if ours.edits != theirs.edits:
-        return "what is done to the gradients", _described(ours.edits), _described(theirs.edits)
-    return None
-
-
-def _described(edits: Iterable[GradientEdit]) -> list[str]:
-    return [f"{edit.kind} {edit.value:g}" for edit in edits]
-
-
-def _same(ours: object, theirs: object) -> bool:
-    """Equality under which NaN equals itself."""
-    return ours == theirs or (ours != ours and theirs != theirs)

@@ -17,7 +17,7 @@ from ps.gradient_edits import GradientEdit
 from ps.opening import OpenedJob
 from ps.plan import Plan, PlannedUse
 from ps.shard import Shard
-from ps.steps import StepWish
+from ps.step_wish import StepWish
 from ps.store import CommitKey, OptimizerGroup, OptimizerSpec, StoredParameter
 from ps.tier import Part
 

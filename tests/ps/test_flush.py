@@ -18,7 +18,7 @@ from ps.monitor import Monitor, Patience
 from ps.opening import open_job, set_optimizer
 from ps.options import ServerOptions
 from ps.sessions import Session
-from ps.steps import StepWish
+from ps.step_wish import StepWish
 from ps.store import CommitKey, DataDir, DiskFullError, OptimizerGroup, OptimizerSpec, StoredParameter, Written
 from ps.tier import Incoming, Tier
 
@@ -93,7 +93,7 @@ class Disk:
 @pytest.fixture
 def job(tmp_path: Path) -> Iterator[Job]:
     with DataDir(tmp_path, 0, 1) as data_dir:
-        job = Job("gpt", ServerOptions(0, 1), data_dir.job_store("gpt"), Tier())
+        job = Job("gpt", ServerOptions(0, 1), data_dir.job_store("gpt"), Tier(), lambda: 0)
         yield job
         job.close()
 
