@@ -59,6 +59,8 @@ class Client:
         version: int = PROTOCOL_VERSION,
         timeout: float = TIMEOUT,
         heartbeat: bool = True,
+        group: int = 0,
+        incarnation: str = "",
     ) -> None:
         self._silent = threading.Event()
         self.job = job
@@ -78,7 +80,8 @@ class Client:
                 job=job,
                 rank=rank,
                 world_size=world_size,
-                incarnation=f"test-{next(self._ids)}",
+                incarnation=incarnation or f"test-{next(self._ids)}",
+                group=group,
                 read_only=read_only,
                 shard=shard,
                 num_shards=num_shards,
@@ -269,9 +272,9 @@ class Client:
         fields.setdefault("groups", [pb.OptimizerGroup(options=self.group.options)])
         self.call("AnnounceStep", step=step, **fields)
 
-    def step(self, step: int = 0, **fields) -> None:
+    def step(self, step: int = 0, **fields) -> pb.StepResponse:
         fields.setdefault("groups", [pb.OptimizerGroup(options=self.group.options)])
-        self.call("Step", step=step, **fields)
+        return self.call("Step", step=step, **fields)
 
 
 def spec(name: str, tensor: torch.Tensor, *, buffer: bool = False) -> pb.ParameterSpec:

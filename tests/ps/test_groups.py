@@ -117,7 +117,9 @@ def test_another_version_of_the_protocol_is_refused_with_both_named(joining: Joi
     ],
 )
 def test_what_makes_no_sense_is_refused(joining: Joining, fields: dict) -> None:
-    assert error_of(joining.join(**{"rank": 0, "world_size": 1, **fields}).result)[0] == grpc.StatusCode.INVALID_ARGUMENT
+    assert (
+        error_of(joining.join(**{"rank": 0, "world_size": 1, **fields}).result)[0] == grpc.StatusCode.INVALID_ARGUMENT
+    )
 
 
 def test_one_that_comes_again_takes_no_rank_from_another_process(joining: Joining) -> None:
