@@ -17,7 +17,7 @@ from tests.models import Residual, batch, loss_of, seeded
 _ROOT = Path(__file__).resolve().parents[2]
 V4, V6 = "10.213.7.1", "fd00:213:7::1"
 PORT = 7070
-TIMEOUT = 5.0
+TIMEOUT = 300.0
 
 
 @dataclass
@@ -127,7 +127,7 @@ def test_training_across_hosts_gives_the_bits_of_plain_torch(
 
 
 @pytest.mark.parametrize("link", ["gloo", "grpc"])
-def test_a_cut_cable_is_an_error_within_the_deadline(
+def test_a_cut_cable_is_an_error_on_the_scale_of_a_lease(
     hosts: Hosts, server: None, tmp_path: Path, job_name: str, link: str
 ) -> None:
     trainer = hosts.start(
@@ -150,6 +150,6 @@ def test_a_cut_cable_is_an_error_within_the_deadline(
         hosts.set_cable("up")
     assert trainer.returncode == 0, output
     result = torch.load(tmp_path / "result.pt")
-    assert result["error"].split(":")[0] in ("ConnectError", "DeadlineExceeded", "RequestRefused"), result
-    # The server waits so long, the trainer a little longer; leaving takes a moment, too.
-    assert result["seconds"] < TIMEOUT + 25, result
+    assert result["error"].split(":")[0] in ("ServerLost", "SessionLost", "ConnectError"), result
+    # Pings notice it, long before the call's own deadline.
+    assert result["seconds"] < 40, result

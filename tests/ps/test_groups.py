@@ -58,8 +58,9 @@ class Joining:
         self._stub.EndGroup(pb.EndGroupRequest(session_id=joined.session_id, reason="a test"), timeout=20)
 
     def close(self) -> None:
-        self._pool.shutdown(cancel_futures=True)
+        # Ends what is still waiting.
         self._channel.close()
+        self._pool.shutdown(cancel_futures=True)
 
 
 @pytest.fixture
@@ -168,7 +169,7 @@ def elastic(joining: Joining, name: str, rank: int, former: pb.JoinGroupResponse
 def test_an_elastic_group_goes_on_with_who_is_left_and_takes_in_who_comes(joining: Joining) -> None:
     began = [elastic(joining, name, rank, world_size=3) for rank, name in enumerate("abc")]
     assert [place(each) for each in began] == [(0, 3), (1, 3), (2, 3)]
-    a, b, c = (each.result() for each in began)
+    a, _, c = (each.result() for each in began)
     # b dies: the others come again, and wait for it no longer than for its lease.
     joining.end(a)
     again = [elastic(joining, "c", 2, c), elastic(joining, "a", 0, a)]
