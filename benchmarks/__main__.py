@@ -5,7 +5,19 @@ import sys
 
 from benchmarks import report
 
-MODULES = ("step", "coordinator", "hooks", "memory", "storage", "commit", "optimizer", "staleness", "group", "links")
+MODULES = (
+    "step",
+    "scale",
+    "coordinator",
+    "hooks",
+    "memory",
+    "storage",
+    "commit",
+    "optimizer",
+    "staleness",
+    "group",
+    "links",
+)
 
 
 def _all(quick: bool) -> list[report.Row]:

@@ -158,7 +158,7 @@ def _case(plan: Plan, case: str, trainers: int, say: Callable[[str], None]) -> l
 def _started(name: str, work: Workload) -> Iterator[Ranks]:
     """A side's processes. Raises SideError where it cannot run here."""
     if name == PLAIN:
-        alone = replace(work, world_size=1, threads=THREADS, options=(("ranks", str(work.world_size)),))
+        alone = replace(work, world_size=1, threads=THREADS).with_options(ranks=str(work.world_size))
         with Ranks(name, sys.executable, "benchmarks.sides.plain", alone) as ranks:
             yield ranks
     elif name == "fsdp2":
@@ -179,7 +179,7 @@ def _deepspeed(name: str, work: Workload) -> Iterator[Ranks]:
         raise SideError(f"{name}: DeepSpeed is not installed; `make bench-peers` does that")
     with tempfile.TemporaryDirectory(prefix="zero-ps-deepspeed-") as folder:
         device = name.removeprefix("deepspeed-")
-        work = replace(work, options=(("device", device), ("folder", folder)))
+        work = work.with_options(device=device, folder=folder)
         with Ranks(name, python, "benchmarks.sides.zero3", work, environment=deepspeed_environment(python)) as ranks:
             yield ranks
 
@@ -192,7 +192,7 @@ def _offloaded(name: str, variant: Variant, work: Workload) -> Iterator[Ranks]:
         options = {"servers": ",".join(cluster.addresses)}
         if variant.max_live_bytes is not None:
             options["max_live_bytes"] = str(variant.max_live_bytes)
-        work = replace(work, options=tuple(options.items()))
+        work = work.with_options(**options)
         servers = {f"server {index}": cluster.pid(index) for index in range(variant.servers)}
         with Ranks(name, sys.executable, "benchmarks.sides.offloaded", work, lambda: servers) as ranks:
             yield ranks

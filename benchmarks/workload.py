@@ -1,7 +1,7 @@
 """The work that all sides of a comparison do: one model, one stream of data, one precision."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 
@@ -29,6 +29,9 @@ class Workload:
     threads: int = 2
     seed: int = 0
     options: tuple[tuple[str, str], ...] = ()
+
+    def with_options(self, **options: str) -> "Workload":
+        return replace(self, options=tuple(options.items()))
 
     def option(self, name: str) -> str | None:
         return dict(self.options).get(name)

@@ -17,7 +17,8 @@ class Offloaded:
         self._job = trainer.connect(
             work.option("servers") or "", job=f"step-{os.getppid()}", rank=work.rank, world_size=work.world_size
         )
-        self._model = work.model()
+        with self._job.init():
+            self._model = work.model()
         config = trainer.OffloadConfig(param_dtype=torch.bfloat16, max_live_bytes=None if limit is None else int(limit))
         trainer.offload(self._model, self._job, config)
         self._optimizer = trainer.RemoteOptimizer(self._model.parameters(), torch.optim.AdamW, lr=LEARNING_RATE)

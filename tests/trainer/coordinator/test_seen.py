@@ -13,7 +13,8 @@ from torch import nn
 import trainer
 from ps import LocalCluster
 from ps.options import ServerOptions
-from ps.plan import PlannedUse
+from ps.plan import Plan, PlannedUse
+from ps.schedule import Schedule
 from ps.server import ServeOptions, Server
 from ps.store import DataDir
 from tests.models import seeded
@@ -188,11 +189,20 @@ def servers(tmp_path: Path) -> Iterator[list[Server]]:
 
 
 def test_every_server_learns_the_order_of_use(servers: list[Server], monkeypatch: pytest.MonkeyPatch) -> None:
+    learned: dict[Schedule, Plan] = {}
+    follow = Schedule.follow
+
+    def record(schedule: Schedule, plan: Plan, chunks_of: Any) -> None:
+        learned[schedule] = plan
+        follow(schedule, plan, chunks_of)
+
+    monkeypatch.setattr(Schedule, "follow", record)
+
     def plans() -> list[list[PlannedUse]]:
-        """Of the only session, by server, as soon as what was sent has been answered."""
+        """Of the only job, by server, as soon as what was sent has been answered."""
         for call in find(model).coordinator._plan._calls:  # type: ignore[union-attr]
             call.result()
-        return [[*plan.uses] for server in servers for plan in server._jobs._jobs["job"].plans.values()]
+        return [[*plan.uses] for plan in learned.values()]
 
     with trainer.connect([server.address for server in servers], job="job", timeout=20) as job:
         sent = []
