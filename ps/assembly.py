@@ -8,8 +8,6 @@ from ps.errors import Conflict, InvalidRequest, SessionEnded
 from ps.monitor import Monitor, Patience
 from ps.sessions import Session, Sessions, check_incarnation, disagreement
 
-MAX_GROUP = 1 << 62
-
 
 @dataclass(eq=False)
 class Applicant:
@@ -33,7 +31,7 @@ class Applicant:
     def check(self) -> None:
         """Raises InvalidRequest."""
         check_incarnation(self.incarnation)
-        if not 0 <= self.former_group <= self.known_group <= MAX_GROUP:
+        if not 0 <= self.former_group <= self.known_group:
             raise InvalidRequest(f"{self.known_group} and {self.former_group} are no numbers of groups")
 
     @property
@@ -75,6 +73,8 @@ class Assembly:
         applicant.check()
         self._sessions.check_rank(applicant.rank, applicant.world_size)
         with self._monitor:
+            # The group's will be one more.
+            self._sessions.check_number(applicant.known_group + 1)
             self._sessions.expire()
             self._check_alike(applicant)
             if not applicant.elastic:

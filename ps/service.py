@@ -11,7 +11,7 @@ import grpc
 from protos import PROTOCOL_VERSION, SESSION_METADATA
 from protos import zero_ps_pb2 as pb
 from protos.frames import Data
-from ps.assembly import MAX_GROUP, Applicant
+from ps.assembly import Applicant
 from ps.commits import CommitRequest, announce, commit, restore
 from ps.errors import Conflict, InvalidRequest, ServerError
 from ps.job import Job
@@ -176,8 +176,6 @@ class ParameterServer:
     @_call
     def OpenSession(self, request: pb.OpenSessionRequest, context: grpc.ServicerContext) -> pb.OpenSessionResponse:
         self._check_peer(request)
-        if request.group > MAX_GROUP:
-            raise InvalidRequest(f"{request.group} is no number of a group")
         chosen = self._links.choose(request.links)
         try:
             job, session = self._jobs.open_session(

@@ -13,6 +13,9 @@ from ps.monitor import Monitor, Patience
 
 _MAX_ID_CHARS = 200
 
+_MAX_AHEAD = 1 << 32
+"""Groups that trainers may know of and a server not, which was restarted since. Nobody is to use up the numbers."""
+
 
 @dataclass(eq=False)
 class Group:
@@ -205,9 +208,15 @@ class Sessions:
         self._monitor.changed()
         return session
 
+    def check_number(self, number: int) -> None:
+        """Raises InvalidRequest for what cannot be the number of a group."""
+        if not 0 <= number <= self.number + _MAX_AHEAD:
+            raise InvalidRequest(f"{number} is no number of a group; this server is at {self.number}")
+
     def _enter(self, number: int, world_size: int) -> Group:
         """The group of a number, which may be the first that this server hears of it."""
         group = self.group
+        self.check_number(number)
         if number < self.number:
             raise RankLost(f"group {number} of the trainers of job {self._job!r} was followed by group {self.number}")
         if group is None or number > self.number:

@@ -112,6 +112,7 @@ def test_another_version_of_the_protocol_is_refused_with_both_named(joining: Joi
         {"rank": 2, "world_size": 2},
         {"world_size": 0, "rank": 0},
         {"known_group": (1 << 64) - 1},
+        {"known_group": 1 << 33},
         {"former_group": 5},
         {"timeout_seconds": -1.0},
         {"job": "../x"},
