@@ -2,7 +2,7 @@
 # from: PYTHON=python3.12 make install.
 PYTHON ?= python3
 # Tests that run at once. Each mostly waits for the processes that it started.
-JOBS ?= 2
+JOBS ?= 3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
