@@ -17,7 +17,7 @@ from trainer.connection import Connection
 from trainer.errors import ConfigError, ZeroPsError
 from trainer.links import Link, Outbox
 from trainer.membership import Wish
-from trainer.recovery import recover, recovering
+from trainer.recovery import BuffersBefore, recover, recovering
 from trainer.server import Server, call_all, new_id
 from trainer.transfer import Transfer
 
@@ -70,8 +70,10 @@ class Job:
         self.broken: ZeroPsError | None = None
         # The last commit, which may be under way.
         self.last_commit = Commit(0)
-        # How often in a row the body of `recovering` failed.
+        # How often in a row the body of `recovering` failed without a step, and where the last recovery went on.
         self.failures = 0
+        self.recovered_at = -1
+        self.buffers_before = BuffersBefore()
         self._barriers = 0
         self._closed = False
         open_jobs.add(self)
@@ -245,8 +247,8 @@ class Job:
         may be an earlier one. All other errors pass, as does one that could not be mended within `timeout`. On entry
         the trainers of an elastic job take in one that waits to join.
 
-        on_rewind: called with the step that comes next if it is not the one after this: the batch has to be made again,
-            or an earlier one. Not needed where batches are functions of the step.
+        on_rewind: called with the step that comes next where a recovery made that another one than it would have been:
+            the batch has to be made again, or an earlier one. Not needed where batches are functions of the step.
         on_lost: called with the error before anything is done about it.
         """
         return recovering(self, on_rewind, on_lost, timeout)
@@ -265,10 +267,14 @@ class Job:
             # What ended the block counts for more.
             error.add_note(f"and a commit failed: {failed}")
 
-    def check(self) -> None:
-        """Raises when this trainer can no longer work on the job."""
+    def check_open(self) -> None:
+        """Raises ConfigError after `close`."""
         if self._closed:
             raise ConfigError(f"job {self.name!r} is closed; connect again")
+
+    def check(self) -> None:
+        """Raises when this trainer can no longer work on the job."""
+        self.check_open()
         if self.broken is not None:
             raise self.broken
         self.connection.session.check()

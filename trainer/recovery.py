@@ -53,6 +53,7 @@ def connected(job: "Job", timeout: float) -> "Job":
 
 def recover(job: "Job", timeout: float | None = None, *, at_boundary: bool = False) -> int:
     """See `Job.recover`. at_boundary: nothing is under way, and the others are still to come to this step."""
+    job.check_open()
     if job.model is not None and job.model.group is not None:
         raise ConfigError(
             "trainers in group mode cannot join anew one by one: their process group ends with any of them; start all "
@@ -114,13 +115,19 @@ def recovering(
     timeout: float | None,
 ) -> Iterator[None]:
     """See `Job.recovering`."""
-    began = job.step
+    job.check_open()
+    expected = job.step
     try:
         if 0 < job.regroup_at <= job.step:
             recover(job, timeout, at_boundary=True)
-        began, buffers = job.step, _buffers(job)
+            _rewound(job, expected, on_rewind)
+        expected = job.step + 1
+        job.buffers_before.keep(job)
         yield
     except _MENDABLE as error:
+        job.check_open()
+        if job.step > job.recovered_at:
+            job.failures = 0
         if (job.model is not None and job.model.group is not None) or job.failures >= _IN_VAIN:
             raise
         job.failures += 1
@@ -131,22 +138,49 @@ def recovering(
             recover(job, timeout)
         except ZeroPsError as failed:
             raise type(error)(f"{error}. The job could not be recovered: {failed}") from failed
-        if job.step == began and not job.restored:
-            _put_back(job, buffers)
+        job.recovered_at = job.step
         _log.warning("job %r: goes on at step %d", job.name, job.step)
+        _rewound(job, expected, on_rewind)
     else:
         job.failures = 0
-    if on_rewind is not None and job.step != began + 1:
+
+
+def _rewound(job: "Job", expected: int, on_rewind: Callable[[int], None] | None) -> None:
+    """After the job was recovered; expected: the step that would come next if nothing had been."""
+    if job.restored:
+        # Its buffers are the commit's.
+        job.buffers_before.forget()
+    else:
+        job.buffers_before.put_back(job)
+    if on_rewind is not None and job.step != expected:
         on_rewind(job.step)
 
 
-def _buffers(job: "Job") -> list[torch.Tensor]:
-    """Copies of the model's buffers, which a forward changes here and not on the servers."""
-    return [] if job.model is None else [buffer().detach().clone() for buffer, _ in job.model.buffers]
+class BuffersBefore:
+    """Copies of a model's persistent buffers as they were before the last steps, which a forward changes here and
+    not on the servers."""
 
+    def __init__(self) -> None:
+        self._by_step: dict[int, list[torch.Tensor]] = {}
 
-def _put_back(job: "Job", copies: list[torch.Tensor]) -> None:
-    if job.model is not None:
+    def keep(self, job: "Job") -> None:
+        """Before a step. Servers may come back to this one, or to one that other trainers have not asked for yet."""
+        if job.model is None:
+            return
+        # A trainer is at most one step ahead of the others, and `max_staleness` more.
+        oldest = job.step - 1 - job.model.config.max_staleness
+        kept = {step: copies for step, copies in self._by_step.items() if oldest <= step < job.step}
+        kept[job.step] = [buffer().detach().clone() for buffer, _ in job.model.buffers]
+        self._by_step = kept
+
+    def put_back(self, job: "Job") -> None:
+        """What they were before the step that comes next, if that was begun before."""
+        copies = self._by_step.get(job.step)
+        if job.model is None or copies is None:
+            return
         with torch.no_grad():
             for (buffer, _), copy in zip(job.model.buffers, copies, strict=True):
                 buffer().copy_(copy)
+
+    def forget(self) -> None:
+        self._by_step.clear()

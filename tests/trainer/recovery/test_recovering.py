@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -21,6 +22,10 @@ from trainer.offload import find
 def cluster() -> Iterator[LocalCluster]:
     with LocalCluster(servers=2, lease=5) as cluster:
         yield cluster
+
+
+def normalized() -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 1))
 
 
 def end_sessions(job: trainer.Job) -> None:
@@ -92,13 +97,10 @@ def test_recovery_from_memory_keeps_what_backward_added_up_out(cluster: LocalClu
 
 
 def test_buffers_are_those_of_the_step_that_is_made_again(cluster: LocalCluster, job_name: str) -> None:
-    def make() -> nn.Module:
-        return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 1))
-
-    plain = seeded(make)
+    plain = seeded(normalized)
     plain_optimizer = torch.optim.SGD(plain.parameters(), lr=0.1)
     with trainer.connect(cluster.addresses, job=job_name) as job:
-        model = trainer.offload(seeded(make), job)
+        model = trainer.offload(seeded(normalized), job)
         optimizer = trainer.RemoteOptimizer(model.parameters(), torch.optim.SGD, lr=0.1)
         for number in range(3):
             x = torch.randn(5, 6, generator=torch.Generator().manual_seed(number))
@@ -157,6 +159,81 @@ def test_a_step_that_may_be_half_done_is_made_again(cluster: LocalCluster, job_n
         values = gathered_values(model)
         for name, param in plain.named_parameters():
             assert torch.equal(values[name], param), name
+
+
+def test_buffers_go_back_with_a_step_that_the_others_had_not_asked_for(cluster: LocalCluster, job_name: str) -> None:
+    x = torch.randn(5, 6)
+
+    def made(rank: int) -> tuple[trainer.Job, nn.Module, trainer.RemoteOptimizer]:
+        job = trainer.connect(cluster.addresses, job=job_name, rank=rank, world_size=2, timeout=60)
+        model = trainer.offload(seeded(normalized), job)
+        return job, model, trainer.RemoteOptimizer(model.parameters(), torch.optim.SGD, lr=0.1)
+
+    with ThreadPoolExecutor(2) as pool:
+        (job, model, optimizer), (other, *_) = pool.map(made, range(2))
+        before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        rewinds: list[int] = []
+        with job.recovering(rewinds.append):
+            model(x).sum().backward()
+            optimizer.step()
+        # It is ahead of the other rank, and of what the servers have.
+        assert job.step == 1 and rewinds == []
+        end_sessions(job)
+        again = pool.submit(other.recover)
+        with job.recovering(rewinds.append):
+            model(x)
+        assert again.result() == job.step == 0 and rewinds == [0]
+        for name, buffer in model.named_buffers():
+            assert torch.equal(buffer, before[name]), name
+        other.close()
+        job.close()
+
+
+def test_a_regroup_that_goes_back_says_so_before_the_body() -> None:
+    with LocalCluster(servers=1, lease=5) as cluster, trainer.connect(cluster.addresses, timeout=60) as job:
+        model = trainer.offload(seeded(Residual), job)
+        optimizer = adamw(model)
+        step(job, model, optimizer)
+        job.commit()
+        step(job, model, optimizer)
+        step(job, model, optimizer)
+        cluster.restart(0)
+        # As if another trainer had asked to join.
+        job.regroup_at = job.step
+        rewinds: list[int] = []
+        with job.recovering(rewinds.append):
+            assert rewinds == [1] and job.step == 1
+            step(job, model, optimizer)
+        assert rewinds == [1]
+
+
+def test_a_body_without_a_step_is_no_rewind(cluster: LocalCluster, job_name: str) -> None:
+    with trainer.connect(cluster.addresses, job=job_name) as job:
+        rewinds: list[int] = []
+        with job.recovering(rewinds.append):
+            pass
+        assert rewinds == []
+
+
+def test_a_closed_job_is_not_recovered(cluster: LocalCluster, job_name: str) -> None:
+    job = trainer.connect(cluster.addresses, job=job_name)
+    job.close()
+    with pytest.raises(trainer.ConfigError, match="is closed"):
+        job.recover()
+    with pytest.raises(trainer.ConfigError, match="is closed"), job.recovering():
+        pass
+
+
+def test_bodies_that_make_their_step_and_fail_then_are_never_given_up(cluster: LocalCluster, job_name: str) -> None:
+    with trainer.connect(cluster.addresses, job=job_name) as job:
+        model = trainer.offload(seeded(Residual), job)
+        optimizer = adamw(model)
+        while job.step < 23:
+            with job.recovering():
+                step(job, model, optimizer)
+                with trainer.gathered(list(model.parameters())):
+                    pass  # The servers have made it, too.
+                raise trainer.DeadlineExceeded("again")
 
 
 @pytest.mark.parametrize("error", [trainer.ServerFailure, trainer.ConfigError, KeyError, KeyboardInterrupt])
