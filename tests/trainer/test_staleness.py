@@ -263,7 +263,8 @@ def test_an_update_that_fails_fails_everywhere(tmp_path: Path) -> None:
             for step in range(2, 4):
                 _step_of_deep(model, optimizer, step)
             assert lose_spilled_state(cluster.data_dirs[1]) > 0
-            with pytest.raises(trainer.ServerFailure, match=r"step \d failed on shard 1"):
+            # Reading ahead may find out before the update does.
+            with pytest.raises(trainer.ServerFailure, match=r"step \d failed on shard 1|cannot read .* back from"):
                 for step in range(4, 9):
                     _step_of_deep(model, optimizer, step)
             with pytest.raises(trainer.ServerFailure):
