@@ -1,5 +1,6 @@
 """How a client says who it is, and makes sure whom it talks to: trainers, and commands that ask servers."""
 
+import argparse
 import ipaddress
 import os
 import re
@@ -11,11 +12,10 @@ from typing import Self
 
 import grpc
 
+from protos.credential_flags import INSECURE, TLS_CA, TLS_CERT, TLS_KEY, TOKEN_FILE, add_flags
+
 _MAX_FILE_BYTES = 1 << 20
 _TOKEN = re.compile(r"[\x21-\x7e]{1,4096}")
-
-TLS_CA, TLS_CERT, TLS_KEY = "ZERO_PS_TLS_CA", "ZERO_PS_TLS_CERT", "ZERO_PS_TLS_KEY"
-TOKEN_FILE, INSECURE = "ZERO_PS_TOKEN_FILE", "ZERO_PS_INSECURE"
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,22 @@ class Credentials:
             insecure=insecure or os.environ.get(INSECURE) == "1",
         )
 
+    @staticmethod
+    def add_flags(group: "argparse._ActionsContainer") -> None:
+        """Adds --tls-ca, --tls-cert, --tls-key, --token-file and --insecure to a parser or a group of one."""
+        add_flags(group)
+
+    @classmethod
+    def from_flags(cls, flags: argparse.Namespace) -> Self:
+        """What the flags of `add_flags` say, else the environment. Raises ValueError."""
+        return cls.from_environment(
+            ca=flags.tls_ca,
+            cert=flags.tls_cert,
+            key=flags.tls_key,
+            token_file=flags.token_file,
+            insecure=flags.insecure,
+        )
+
     @property
     def tls(self) -> bool:
         return self.ca is not None
@@ -78,18 +94,18 @@ class Credentials:
         """A channel to a server, which connects when it is used. Raises ValueError."""
         if not self.tls:
             return grpc.insecure_channel(address, options=options)
-        files = [None if path is None else _read(path) for path in (self.ca, self.key, self.cert)]
+        files = [None if path is None else read_file(path) for path in (self.ca, self.key, self.cert)]
         return grpc.secure_channel(address, grpc.ssl_channel_credentials(*files), options=options)
 
     def metadata(self, address: str) -> tuple[tuple[str, str], ...]:
         """What every call to a server carries. Raises ValueError where a token would be seen by others."""
         token = self.token
         if self.token_file is not None:
-            token = _read(self.token_file).decode("ascii", "replace").strip()
+            token = read_file(self.token_file).decode("ascii", "replace").strip()
             _check_token(token, f"what stands in {os.fspath(self.token_file)}")
         if token is None:
             return ()
-        if not self.tls and not self.insecure and not _is_loopback(address):
+        if not self.tls and not self.insecure and not is_loopback(address.rpartition(":")[0]):
             raise ValueError(
                 f"the token would travel to {address} in plain text, for anybody on the way to read; name the servers' "
                 f"authority (ca, --tls-ca or {TLS_CA}) so that it travels in TLS, or accept it: "
@@ -102,14 +118,14 @@ class Credentials:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.set_alpn_protocols(["h2"])
         if self.ca is not None:
-            _read(self.ca)
+            read_file(self.ca)
             try:
                 context.load_verify_locations(cafile=self.ca)
             except ssl.SSLError:
                 raise ValueError(f"{os.fspath(self.ca)} has no certificate that can be read (PEM)") from None
         if self.cert is not None and self.key is not None:
-            _read(self.cert)
-            _read(self.key)
+            read_file(self.cert)
+            read_file(self.key)
             try:
                 context.load_cert_chain(self.cert, self.key, _no_password)
             except ssl.SSLError as error:
@@ -119,15 +135,25 @@ class Credentials:
         return context
 
 
-def _read(path: str | os.PathLike[str]) -> bytes:
+def read_file(path: str | os.PathLike[str], flag: str = "") -> bytes:
+    """A certificate, a key or tokens. Raises ValueError, which names the file behind the flag that it came with."""
+    name = f"{flag} {os.fspath(path)}".strip()
     try:
         with Path(path).open("rb") as file:
             data = file.read(_MAX_FILE_BYTES + 1)
     except OSError as error:
-        raise ValueError(f"{os.fspath(path)} cannot be read: {error.strerror}") from None
+        raise ValueError(f"{name} cannot be read: {error.strerror}") from None
     if len(data) > _MAX_FILE_BYTES:
-        raise ValueError(f"{os.fspath(path)} is larger than {_MAX_FILE_BYTES} bytes; name the file that is meant")
+        raise ValueError(f"{name} is larger than {_MAX_FILE_BYTES} bytes; name the file that is meant")
     return data
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only processes of this machine reach a host, IPv6 in brackets or not. No name but localhost is."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
 
 
 def _check_token(token: str, what: str) -> None:
@@ -137,12 +163,3 @@ def _check_token(token: str, what: str) -> None:
 
 def _no_password() -> str:
     raise ValueError("the client's key is encrypted; give a key without a passphrase")
-
-
-def _is_loopback(address: str) -> bool:
-    """Whether what is sent to "host:port" stays on this machine."""
-    host = address.rpartition(":")[0].strip("[]")
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host.lower() == "localhost"

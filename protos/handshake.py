@@ -6,7 +6,8 @@ import ssl
 from datetime import UTC, datetime
 from pathlib import Path
 
-from protos.credentials import TLS_CA, TLS_CERT, TLS_KEY, Credentials
+from protos.credential_flags import TLS_CA, TLS_CERT, TLS_KEY
+from protos.credentials import Credentials
 
 
 def why_refused(address: str, credentials: Credentials, timeout: float) -> str | None:

@@ -9,7 +9,8 @@ from pathlib import Path
 import grpc
 from cryptography import x509
 
-_MAX_FILE_BYTES = 1 << 20
+from protos.credentials import read_file
+
 _SOON = timedelta(days=14)
 
 _log = logging.getLogger(__name__)
@@ -43,18 +44,6 @@ def load_server_certificates(files: TlsFiles) -> grpc.ServerCertificateConfigura
         for each in _certificates(files.ca, ca):
             _check_time(each, files.ca)
     return grpc.ssl_server_certificate_configuration([(key, certificate)], root_certificates=ca)
-
-
-def read_file(path: Path, flag: str) -> bytes:
-    """Raises ValueError."""
-    try:
-        with path.open("rb") as file:
-            data = file.read(_MAX_FILE_BYTES + 1)
-    except OSError as error:
-        raise ValueError(f"{flag} {path} cannot be read: {error.strerror}") from None
-    if len(data) > _MAX_FILE_BYTES:
-        raise ValueError(f"{flag} {path} is larger than {_MAX_FILE_BYTES} bytes; name the file that is meant")
-    return data
 
 
 def warn_if_others_may_read(path: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 # gRPC's own lines about a port in use, or about a server that is not there, would stand beside ours.
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
+from protos.credential_flags import add_flags
 from protos.links import KINDS, parse_kinds
 from ps.arguments import ArgumentParser, path, size
 from ps.options import COMPRESSIBLE, MAX_INFLIGHT_BYTES, MAX_JOBS, MAX_SESSIONS
@@ -170,13 +171,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     status.add_argument("addresses", nargs="+", metavar="ADDRESS", help="HOST:PORT, several also joined by commas")
     status.add_argument("--timeout", type=_seconds, default=5.0, metavar="SECONDS", help="(default: %(default)s)")
-
-    add = status.add_argument_group("security (docs/security.md)").add_argument
-    add("--tls-ca", metavar="FILE", help="the servers' authority, for TLS; else ZERO_PS_TLS_CA")
-    add("--tls-cert", metavar="FILE", help="a certificate of one's own; else ZERO_PS_TLS_CERT")
-    add("--tls-key", metavar="FILE", help="its key; else ZERO_PS_TLS_KEY")
-    add("--token-file", metavar="FILE", help="has the token; else ZERO_PS_TOKEN_FILE")
-    add("--insecure", action="store_true", help="send the token also without TLS to other machines")
+    add_flags(status.add_argument_group("security (docs/security.md)"))
 
     untag = commands.add_parser(
         "untag",
@@ -202,13 +197,7 @@ def _status(options: argparse.Namespace) -> int:
     from ps.status import print_status
 
     try:
-        credentials = Credentials.from_environment(
-            ca=options.tls_ca,
-            cert=options.tls_cert,
-            key=options.tls_key,
-            token_file=options.token_file,
-            insecure=options.insecure,
-        )
+        credentials = Credentials.from_flags(options)
     except ValueError as error:
         print(f"zero-ps status: {error}", file=sys.stderr)
         return 2

@@ -1,6 +1,5 @@
 """Who may reach a server, and how: checked before it listens, so that it is never open by mistake."""
 
-import ipaddress
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,10 +7,11 @@ from pathlib import Path
 
 import grpc
 
+from protos.credentials import is_loopback, read_file
 from protos.links import KINDS
 from ps.access import Access
 from ps.address import split_address
-from ps.certificates import TlsFiles, load_server_certificates, read_file, warn_if_others_may_read
+from ps.certificates import TlsFiles, load_server_certificates, warn_if_others_may_read
 from ps.errors import StartError
 from ps.tokens import Tokens, parse_tokens
 from ps.watched import Watched
@@ -111,14 +111,6 @@ class Security:
         else:
             transport = "TLS, clients have certificates" if self._names_clients else "TLS"
         return f"{transport}, {'no tokens' if self._tokens is None else f'{len(self._tokens.value)} tokens'}"
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only processes of this machine reach a host as `--listen` names it. No name but localhost is."""
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return host.lower() == "localhost"
 
 
 def _read_tokens(path: Path) -> Tokens:

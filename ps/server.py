@@ -39,7 +39,7 @@ _SPARE_CONNECTIONS = 128
 _CONNECTION_STREAMS = 64
 """Calls and streams of one connection; a trainer has its own, with less than ten. More of them wait in the client."""
 
-_HANDSHAKE_MS = 10_000
+_HANDSHAKE_MS = 20_000
 """Who connects and says nothing is sent away after this."""
 
 _RETURNED_BYTES = 256 << 10
@@ -97,8 +97,7 @@ class Server:
                 ("grpc.max_allowed_incoming_connections", _SPARE_CONNECTIONS + 2 * options.server.max_sessions),
                 # Whoever connects and asks for nothing makes room.
                 ("grpc.max_connection_idle_ms", 300_000),
-                # Whoever connects and says nothing is disconnected.
-                ("grpc.server_handshake_timeout_ms", 20_000),
+                ("grpc.server_handshake_timeout_ms", _HANDSHAKE_MS),
                 *KEEPALIVE,
                 # Trainers' pings are no abuse.
                 ("grpc.http2.min_ping_interval_without_data_ms", 1000),

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from protos.credentials import is_loopback
 from ps import LocalCluster
 from ps.errors import StartError
-from ps.security import Security, SecurityOptions, is_loopback
+from ps.security import Security, SecurityOptions
 from tests.ps.client import start_job
 from tests.security.conftest import Files, refused
 from tests.security.tokens import TOKENS

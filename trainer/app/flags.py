@@ -46,13 +46,7 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
         model = GPTConfig(
             layers=flags.layers, width=flags.width, heads=flags.heads, context=flags.context, tied=flags.tied
         )
-        credentials = trainer.Credentials.from_environment(
-            ca=flags.tls_ca,
-            cert=flags.tls_cert,
-            key=flags.tls_key,
-            token_file=flags.token_file,
-            insecure=flags.insecure,
-        )
+        credentials = trainer.Credentials.from_flags(flags)
     except ValueError as error:
         parser.error(str(error))
     if missing := [path for path in flags.data if not path.exists()]:
@@ -118,12 +112,7 @@ def _parser() -> argparse.ArgumentParser:
         help="to wait for servers and trainers that are lost; 0: end instead",
     )
 
-    add = parser.add_argument_group("security").add_argument
-    add("--tls-ca", metavar="FILE", help="the servers' authority, for TLS; else ZERO_PS_TLS_CA")
-    add("--tls-cert", metavar="FILE", help="a certificate of one's own; else ZERO_PS_TLS_CERT")
-    add("--tls-key", metavar="FILE", help="its key; else ZERO_PS_TLS_KEY")
-    add("--token-file", metavar="FILE", help="has the token; else ZERO_PS_TOKEN_FILE")
-    add("--insecure", action="store_true", help="send the token also without TLS to other machines")
+    trainer.Credentials.add_flags(parser.add_argument_group("security"))
 
     add = parser.add_argument_group("model").add_argument
     add("--layers", type=_at_least_one, default=4, help="transformer blocks")
