@@ -11,7 +11,7 @@ when those who send its parts have said so; the others announce that they have n
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from protos import zero_ps_pb2 as pb
@@ -155,6 +155,7 @@ class Announcement:
         self._groups = None
 
     def _tell_servers(self, *, withdraw: bool = False) -> None:
+        left = {} if withdraw else self._left_to_others()
         call_all(
             self._job.servers,
             "AnnounceStep",
@@ -163,22 +164,24 @@ class Announcement:
                 step=self._job.step,
                 groups=() if withdraw else self._groups,
                 withdraw=withdraw,
-                done=() if withdraw else self._left_to_others(self._job.servers.index(server)),
+                done=left.get(self._job.servers.index(server), ()),
             ),
             self._job.timeout,
         )
 
-    def _left_to_others(self, shard: int) -> Iterator[pb.ChunkRef]:
-        """The chunks on a server of whose gradients the other ranks send every part."""
+    def _left_to_others(self) -> dict[int, list[pb.ChunkRef]]:
+        """By server, the chunks of whose gradients the other ranks send every part."""
+        found: dict[int, list[pb.ChunkRef]] = {}
         if self._group is None:
-            return
+            return found
         for state, at_once in self._done_at_once.items():
             remote = state.remote
             if at_once and remote is not None and state not in self._sparse:
                 mine = {part.chunk for part in elements(remote.grid, *self._group.part(state.numel))}
-                for chunk, place in enumerate(remote.shards):
-                    if place == shard and chunk not in mine:
-                        yield pb.ChunkRef(parameter=remote.index, chunk=chunk)
+                for chunk, shard in enumerate(remote.shards):
+                    if chunk not in mine:
+                        found.setdefault(shard, []).append(pb.ChunkRef(parameter=remote.index, chunk=chunk))
+        return found
 
     # ------------------------------------------------------------ during backward
 
