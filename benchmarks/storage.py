@@ -108,8 +108,13 @@ def pull_all(jobs: Jobs, session: Session, matrices: int, version: int) -> None:
         )
         for number in range(matrices)
     ]
-    for response in answer_pulls(jobs, Traffic(), requests, lambda: False):
-        assert isinstance(response, bytes) or not response.HasField("error"), response
+    answered(jobs, requests)
+
+
+def answered(jobs: Jobs, requests: Sequence[pb.PullRequest]) -> None:
+    with jobs.places.stream(lambda: None) as place:
+        for response in answer_pulls(jobs, Traffic(), requests, place, lambda: False):
+            assert isinstance(response, bytes) or not response.HasField("error"), response
 
 
 # ---------------------------------------------------------------- optimizer
@@ -207,8 +212,7 @@ def backward(jobs: Jobs, job: Job, session: Session, matrices: int, step: int) -
             chunks=[pb.ChunkRef(parameter=number, chunk=0)],
             timeout_seconds=PATIENCE,
         )
-        for response in answer_pulls(jobs, Traffic(), [request], lambda: False):
-            assert isinstance(response, bytes) or not response.HasField("error"), response
+        answered(jobs, [request])
         chunk = shard.find(number, 0)
         incoming = job.tier.incoming(chunk.shape, torch.float32, chunk.label)
         incoming.tensor.fill_(0.01)
