@@ -25,6 +25,7 @@ from torch import nn
 
 import trainer
 from benchmarks import report
+from benchmarks.plain import PlainTraining
 from ps import LocalCluster
 from trainer.app.gpt import GPT, GPTConfig
 from trainer.coordinator import Coordinator
@@ -90,41 +91,19 @@ def _steps(work: str, quick: bool) -> list[report.Row]:
     x, y = torch.randint(0, 256, (2, batch, length))
     sides = {name: Figures() for name in (PLAIN, *CONFIGS)}
     with LocalCluster(servers=2) as cluster, trainer.connect(cluster.addresses, job="gpt") as job:
-        model, plain = GPT(config).to(torch.bfloat16), Plain(GPT(config).to(torch.bfloat16))
+        model = GPT(config).to(torch.bfloat16)
+        plain = PlainTraining(GPT(config).to(torch.bfloat16), lr=1e-4)
         for _ in range(blocks):
             for _ in range(WARM_UP + steps):
-                sides[PLAIN].steps.append(plain.step(x, y))
+                begin = time.perf_counter()
+                plain.step(x, y)
+                sides[PLAIN].steps.append(time.perf_counter() - begin)
             del sides[PLAIN].steps[-WARM_UP - steps : -steps]
             for name, offload_config in CONFIGS.items():
                 _block(
                     model, job, offload_config, x, y, steps, sides[name], settled=name == SETTLED, early=name != LATE
                 )
     return _step_rows(work, sides, bar=0.9 if work == "compute-bound" and not quick else None)
-
-
-class Plain:
-    """Everything in memory: bf16 weights and gradients, and fp32 masters under torch's fused AdamW, which is
-    the arithmetic that servers do."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.weights = list(model.parameters())
-        self.masters = [nn.Parameter(weight.detach().float()) for weight in self.weights]
-        self.optimizer = torch.optim.AdamW(self.masters, lr=1e-4, fused=True)
-
-    def step(self, x: torch.Tensor, y: torch.Tensor) -> float:
-        """Seconds."""
-        begin = time.perf_counter()
-        self.model(x, y).backward()
-        for weight, master in zip(self.weights, self.masters, strict=True):
-            assert weight.grad is not None
-            master.grad, weight.grad = weight.grad.float(), None
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        with torch.no_grad():
-            for weight, master in zip(self.weights, self.masters, strict=True):
-                weight.copy_(master)
-        return time.perf_counter() - begin
 
 
 def _block(

@@ -14,7 +14,6 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -23,6 +22,7 @@ import trainer
 from benchmarks import report
 from benchmarks.bare_pair import BarePair, bare_pair
 from benchmarks.bare_stream import BareStream, bare_stream
+from benchmarks.processes import processor_seconds
 from protos import zero_ps_pb2 as pb
 from ps import LocalCluster
 from trainer.job import Job
@@ -64,11 +64,11 @@ class Side:
         self._cpu: list[tuple[float, float]] = []
 
     def go(self) -> None:
-        before = time.process_time(), sum(map(_cpu_seconds, self._pids))
+        before = time.process_time(), sum(map(processor_seconds, self._pids))
         begin = time.perf_counter()
         seconds = self._move()
         self.seconds.append(time.perf_counter() - begin if seconds is None else seconds)
-        after = time.process_time(), sum(map(_cpu_seconds, self._pids))
+        after = time.process_time(), sum(map(processor_seconds, self._pids))
         self._cpu.append((after[0] - before[0], after[1] - before[1]))
 
     def forget_first(self) -> None:
@@ -187,11 +187,6 @@ def _memory() -> torch.Tensor:
     """16 MiB as parameters have them, with pages."""
     block = MemoryPool().take(_NBYTES)
     return torch.empty(0, dtype=torch.uint8).set_(block).fill_(1)
-
-
-def _cpu_seconds(pid: int) -> float:
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 if __name__ == "__main__":

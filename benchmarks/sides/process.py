@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
+from benchmarks.processes import peak_bytes, processor_seconds
 from benchmarks.workload import Workload
 
 _START_SECONDS = 300.0
 _STEP_SECONDS = 120.0
-_TICKS = os.sysconf("SC_CLK_TCK")
 
 
 class SideError(Exception):
@@ -106,7 +106,7 @@ class Ranks:
 
     def peak_bytes(self) -> dict[str, int]:
         """The most resident memory of each process since its start."""
-        return {name: _peak_bytes(pid) for name, pid in self.pids().items()}
+        return {name: peak_bytes(pid) for name, pid in self.pids().items()}
 
     def pids(self) -> dict[str, int]:
         trainers = {f"trainer {rank}": process.pid for rank, process in enumerate(self._processes)}
@@ -141,20 +141,10 @@ class Ranks:
         raise SideError(f"{self.name}: trainer {rank} {what}; it wrote last: " + "\n".join(written[-5:]))
 
     def _processor_seconds(self) -> float:
-        return sum(_processor_seconds(pid) for pid in self.pids().values())
+        return sum(processor_seconds(pid) for pid in self.pids().values())
 
     def _log(self, rank: int) -> Path:
         return Path(self._logs.name) / f"trainer-{rank}.log"
-
-
-def _processor_seconds(pid: int) -> float:
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / _TICKS
-
-
-def _peak_bytes(pid: int) -> int:
-    status = Path(f"/proc/{pid}/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 
 def _free_port() -> int:
