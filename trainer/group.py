@@ -13,6 +13,7 @@ that took another way through its model is an error that names both, and not a d
 import datetime
 import queue
 import threading
+import time
 import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -22,11 +23,16 @@ import torch
 import torch.distributed as dist
 
 from trainer.errors import ConfigError, TrainerLost, ZeroPsError
+from trainer.session import Session
 
 _NAME_BYTES = 512
 """How much of what they are about to do trainers tell each other where it differs."""
 
 _FINE, _FAILED = 1, 2
+
+_LOOK_SECONDS = 1.0
+"""How often a trainer that waits for the others looks whether one of them is known to be lost. Gloo itself does not
+notice one that was stopped."""
 
 
 @dataclass(frozen=True)
@@ -57,11 +63,13 @@ class TrainerGroup:
 
     ranks: of the trainers in torch's default group, by rank in the job.
     timeout: seconds that the slowest trainer may be behind the fastest.
+    session: by which a trainer learns that another one is lost, and which.
     """
 
-    def __init__(self, ranks: Sequence[int], rank: int, timeout: float) -> None:
+    def __init__(self, ranks: Sequence[int], rank: int, timeout: float, session: Session) -> None:
         self.rank = rank
         self.size = len(ranks)
+        self._session = session
         self._timeout = datetime.timedelta(seconds=timeout)
         # Not the user's group: collectives of two threads would meet each other's there.
         self._process_group = dist.new_group(
@@ -173,10 +181,11 @@ class TrainerGroup:
             self._error = error
             raise
         except RuntimeError as error:
-            # Of the process group: one that is out of step cannot be used any more.
+            # Of the process group: one that is out of step cannot be used any more. It does not say who is gone.
             self._error = TrainerLost(
-                f"rank {self.rank} cannot reach the other trainers to move {task.what}: {error}. A trainer is gone or "
-                "slower than the timeout; start the group again, and it goes on from the last commit"
+                f"rank {self.rank} cannot reach the other trainers to move {task.what}: "
+                f"{self._session.find_lost() or error}. A trainer is gone or slower than the timeout; start the group "
+                "again, and it goes on from memory if no update had begun, else from the last commit"
             )
             raise self._error from error
         if failure is not None:
@@ -225,7 +234,18 @@ class TrainerGroup:
         return _all_gather(output, part, group=self._process_group, async_op=True)
 
     def _wait(self, work: "dist.Work") -> None:
-        work.wait(self._timeout)
+        """Raises RuntimeError when the process group fails or is too slow, ZeroPsError for a trainer that is lost."""
+        end = time.monotonic() + self._timeout.total_seconds()
+        while True:
+            left = end - time.monotonic()
+            try:
+                # What was waited for in vain can be waited for again.
+                work.wait(datetime.timedelta(seconds=max(0.0, min(_LOOK_SECONDS, left))))
+                return
+            except RuntimeError:
+                if work.is_completed() or left <= _LOOK_SECONDS:
+                    raise
+                self._session.check()
 
 
 # `all_gather_into_tensor` is what it is called before torch 2.13.

@@ -35,7 +35,7 @@ def open_group(job: Job, config: OffloadConfig) -> TrainerGroup | None:
     hindrances = [answer.decode() for answer in job.barrier("the mode of offloading", hindrance.encode())]
     if not any(hindrances):
         # With one trainer there is nobody to share the work with.
-        return TrainerGroup(ranks, job.rank, job.timeout) if job.world_size > 1 else None
+        return TrainerGroup(ranks, job.rank, job.timeout, job.connection.session) if job.world_size > 1 else None
     if config.mode == "group":
         rank, why = next((rank, why) for rank, why in enumerate(hindrances) if why)
         raise ConfigError(

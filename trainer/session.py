@@ -11,7 +11,7 @@ import grpc
 
 from protos import PROTOCOL_VERSION
 from protos import zero_ps_pb2 as pb
-from trainer.errors import RequestRefused, SessionLost, TrainerLost, ZeroPsError
+from trainer.errors import DeadlineExceeded, RequestRefused, SessionLost, TrainerLost, ZeroPsError
 from trainer.membership import Place, Wish
 from trainer.server import Server, call_all, finish_all
 
@@ -121,6 +121,26 @@ class Session:
         """Raises what a heartbeat found out."""
         if self.error is not None:
             raise self.error
+
+    def find_lost(self) -> ZeroPsError | None:
+        """The error that names a trainer of the group which is lost or has left; None if all live, or too much time
+        goes by.
+
+        Waits until the lease of one that died without a word is over.
+        """
+        seconds = self._lease + _FAREWELL_SECONDS
+        server = self._servers[0]
+        # Those who wait for one that is missing are told, and those who all come know that nobody is.
+        request = pb.BarrierRequest(
+            session_id=server.session_id, tag=f"{self._place.group}.who is lost", timeout_seconds=seconds
+        )
+        try:
+            server.call("Barrier", request, seconds + 5)
+        except DeadlineExceeded:
+            return None
+        except ZeroPsError as error:
+            return error
+        return None
 
     def close(self) -> None:
         """Gives the lease back. A server that cannot be told finds out when the lease ends."""

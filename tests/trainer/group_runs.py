@@ -110,22 +110,6 @@ def take_different_ways(addresses: list[str], job: str, store: str) -> str:
             return f"{type(error).__name__}: {error}"
 
 
-def lose_a_rank(addresses: list[str], job: str, store: str) -> str:
-    """The last rank ends in the middle of a forward."""
-    rank, world_size = join(store)
-    with trainer.connect(addresses, job=job, timeout=30) as connection:
-        model = seeded(Residual)
-        trainer.offload(model, connection, trainer.OffloadConfig(mode="group", param_persistence_threshold=0))
-        if rank == world_size - 1:
-            model.blocks[0].register_forward_hook(lambda *_: os._exit(0))
-        try:
-            for step in range(3):
-                loss_of(model, batch(step)).backward()
-            return "no error"
-        except trainer.ZeroPsError as error:
-            return f"{type(error).__name__}: {error}"
-
-
 def choose(
     addresses: list[str], job: str, store: str, modes: Sequence[str], world: bool = True, link: str = "grpc"
 ) -> str:

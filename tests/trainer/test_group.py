@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ps import LocalCluster
-from tests.ranks import run_ranks, start_rank
+from tests.ranks import run_ranks
 
 
 def run(function: str, cluster: LocalCluster, store: Path, ranks: int, **arguments):
@@ -56,26 +56,6 @@ def test_ranks_on_different_ways_hear_of_it(cluster: LocalCluster, job_name: str
     for error in errors:
         assert error.startswith("ConfigError: the trainers took different ways: ")
         assert "ways.0" in error and "ways.1" in error and "mode='direct'" in error
-
-
-def test_the_others_hear_of_a_rank_that_is_gone(cluster: LocalCluster, job_name: str, tmp_path: Path) -> None:
-    processes = [
-        start_rank(
-            "trainer.group_runs:lose_a_rank",
-            cluster.addresses,
-            rank,
-            2,
-            tmp_path / f"{rank}.pt",
-            store=str(tmp_path / "store"),
-            job=job_name,
-        )
-        for rank in range(2)
-    ]
-    for process in processes:
-        output, _ = process.communicate(timeout=60)
-        assert process.returncode == 0, output
-    error = torch.load(tmp_path / "0.pt")
-    assert error.startswith("TrainerLost: rank 0 cannot reach the other trainers to move '")
 
 
 @pytest.mark.parametrize(

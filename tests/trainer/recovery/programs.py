@@ -5,15 +5,19 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 import trainer
 from tests.models import Residual, batch, loss_of, seeded
 from tests.trainer.runs import gathered_values
+from trainer.offload import find
+from trainer.transfer import Destination
 
 LR = 1e-2
 
@@ -77,12 +81,16 @@ def steps(
     stall_seconds: float = 600.0,
     grow: bool = False,
     pause: float = 0.05,
+    port: int = 0,
+    commit_at: int = 0,
 ) -> dict[str, Any]:
     """Trains and recovers, whatever happens, until the job has made so many steps.
 
     notes: a folder, in which a file named for RANK gets a line for what this trainer does.
     wait: before it connects, for a note with this name. stall: the step in which it hangs once, before it is made.
     grow: not `until` ends it, but the third step with two trainers after there was one.
+    port: for group mode, where the process group is formed; 0 for direct mode. There it stalls within a forward, or,
+        where steps are announced, when a chunk has moved on.
     """
     note = Notes(Path(notes), os.environ["RANK"])
     rewinds: list[int] = []
@@ -92,9 +100,21 @@ def steps(
     note("started")
     if wait:
         Notes(Path(notes), wait).wait_for("go")
+    if port:
+        join_process_group(port)
+
+    def hang() -> None:
+        nonlocal stall
+        stall = -1
+        note("stalled")
+        time.sleep(stall_seconds)
+
     with trainer.connect(addresses, job=job, elastic=elastic, timeout=60, connect_timeout=60) as connection:
-        model = trainer.offload(seeded(Residual), connection)
+        config = trainer.OffloadConfig(mode="group", param_persistence_threshold=0) if port else None
+        model = trainer.offload(seeded(Residual), connection, config)
         optimizer = adamw(model)
+        if port and not announced:
+            model.blocks[0].register_forward_hook(lambda *_: hang() if connection.step == stall else None)
         if not connection.complete:
             connection.commit()
         joined_at = connection.step
@@ -108,12 +128,14 @@ def steps(
                 with optimizer.last_backward() if announced else nullcontext():
                     loss.backward()
                 if step == stall:
-                    stall = -1
-                    note("stalled")
-                    time.sleep(stall_seconds)
+                    if port:
+                        wait_for_an_update(model, connection)
+                    hang()
                 time.sleep(pause)
                 optimizer.step()
                 optimizer.zero_grad()
+                if connection.step == commit_at:
+                    connection.commit()
                 losses[step], places[step] = loss.item(), (rank, size)
                 if grow and size == 2 and (0 < joined_at == step or places.get(step - 1) == (0, 1)):
                     until = step + 3
@@ -129,6 +151,25 @@ def steps(
         }
     note("ended")
     return result
+
+
+def join_process_group(port: int) -> None:
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    dist.init_process_group(
+        "gloo",
+        init_method=f"tcp://127.0.0.1:{port}",
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=60),
+    )
+
+
+def wait_for_an_update(model: nn.Module, job: trainer.Job) -> None:
+    """Returns when a chunk of an announced step is a version further."""
+    job.transfer.flush()
+    state = find(model).states[-1]  # type: ignore[union-attr]
+    data = torch.empty(state.nbytes, dtype=torch.uint8)
+    job.transfer.pull([Destination(state.remote, data, state.dtype)], job.step + 1).wait()
 
 
 def run(rank: int, world_size: int, result: str, arguments: dict[str, Any]) -> None:

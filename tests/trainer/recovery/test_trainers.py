@@ -1,7 +1,5 @@
 """Trainers are killed, stopped, replaced, and come and go: the bits are those of an undisturbed run."""
 
-import multiprocessing
-import os
 import signal
 import time
 from collections.abc import Iterator
@@ -9,14 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 import trainer
 from ps import LocalCluster
-from tests.trainer.recovery.programs import Notes, Plain, run
+from tests.trainer.recovery.processes import Trainers, check
 
 LEASE = 5.0
-SECONDS = 240.0
 
 
 @pytest.fixture(scope="module")
@@ -25,74 +21,11 @@ def cluster() -> Iterator[LocalCluster]:
         yield cluster
 
 
-class Trainers:
-    """Processes that run `programs.steps`, by name; a name is a rank and perhaps more.
-
-    They are forks of one that has imported everything, which takes longest.
-    """
-
-    def __init__(self, cluster: LocalCluster, job: str, folder: Path) -> None:
-        self._cluster, self._job, self._folder = cluster, job, folder
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["tests.trainer.recovery.programs"])
-        self._processes: dict[str, Any] = {}
-
-    def start(self, name: str, world_size: int = 2, **arguments: Any) -> None:
-        arguments = {"addresses": self._cluster.addresses, "job": self._job, "notes": str(self._folder)} | arguments
-        process = self._context.Process(
-            target=run, args=(int(name[0]), world_size, str(self._folder / name), {"until": 6} | arguments)
-        )
-        process.start()
-        self._processes[name] = process
-
-    def notes(self, name: str) -> Notes:
-        return Notes(self._folder, name)
-
-    def signal(self, name: str, number: signal.Signals) -> None:
-        os.kill(self._processes[name].pid, number)
-
-    def kill(self, name: str) -> None:
-        process = self._processes.pop(name)
-        process.kill()
-        process.join()
-
-    def failed(self, name: str) -> str:
-        """The error with which a trainer ends."""
-        process = self._processes.pop(name)
-        process.join(SECONDS)
-        assert process.exitcode == 1, process.exitcode
-        return (self._folder / f"{name}.error").read_text()
-
-    def results(self) -> dict[str, dict[str, Any]]:
-        for name, process in self._processes.items():
-            process.join(SECONDS)
-            error = self._folder / f"{name}.error"
-            said = error.read_text() if error.exists() else "nothing"
-            assert process.exitcode == 0, f"trainer {name} ended with {process.exitcode} and said:\n{said}"
-        return {name: torch.load(self._folder / name) for name in self._processes}
-
-    def close(self) -> None:
-        for process in self._processes.values():
-            process.kill()
-            process.join()
-
-
 @pytest.fixture
 def trainers(cluster: LocalCluster, job_name: str, tmp_path: Path) -> Iterator[Trainers]:
     trainers = Trainers(cluster, job_name, tmp_path)
     yield trainers
     trainers.close()
-
-
-def check(results: dict[str, dict[str, Any]], steps: int) -> Plain:
-    """Compares losses and parameters with plain torch, which has as many trainers at each step."""
-    sizes = {step: place[1] for result in results.values() for step, place in result["places"].items()}
-    plain = Plain(lambda step: sizes[step]).train_to(steps)
-    for result in results.values():
-        for step, loss in result["losses"].items():
-            assert loss == plain.losses[step][result["places"][step][0]], step
-        plain.check(result["params"])
-    return plain
 
 
 @pytest.mark.parametrize("announced", [False, True], ids=["plain", "announced"])

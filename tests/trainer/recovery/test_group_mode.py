@@ -1,0 +1,67 @@
+"""Group mode: a trainer is lost, the others are told which, and all are started again and go on from the servers."""
+
+import signal
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from ps import LocalCluster
+from tests.trainer.recovery.processes import Trainers, check
+
+STEPS, COMMITTED, LOST = 6, 2, 4
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[LocalCluster]:
+    with LocalCluster(servers=2, lease=3) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def trainers(cluster: LocalCluster, job_name: str, tmp_path: Path) -> Iterator[Trainers]:
+    trainers = Trainers(cluster, job_name, tmp_path)
+    yield trainers
+    trainers.close()
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+@pytest.mark.parametrize(
+    ("number", "announced", "goes_on_at"),
+    [
+        pytest.param(signal.SIGKILL, False, LOST, id="killed in forward"),
+        pytest.param(signal.SIGSTOP, False, LOST, id="stopped in forward"),
+        pytest.param(signal.SIGKILL, True, COMMITTED, id="killed when a chunk had moved on"),
+    ],
+)
+def test_the_others_hear_who_is_lost_and_all_go_on_when_they_are_started_again(
+    trainers: Trainers, number: signal.Signals, announced: bool, goes_on_at: int
+) -> None:
+    def start(stall: int) -> None:
+        port = free_port()
+        for rank in "01":
+            trainers.start(
+                rank,
+                until=STEPS,
+                announced=announced,
+                port=port,
+                commit_at=COMMITTED,
+                stall=stall if rank == "1" else -1,
+            )
+
+    start(stall=LOST)
+    trainers.notes("1").wait_for("stalled")
+    trainers.signal("1", number)
+    error = trainers.failed("0").splitlines()[-1]
+    assert error.startswith("trainer.errors.TrainerLost: ") and "rank 1 of job" in error, error
+    trainers.kill("1")
+    start(stall=-1)
+    results = trainers.results()
+    check(results, STEPS)
+    assert [result["joined_at"] for result in results.values()] == [goes_on_at] * 2
