@@ -7,6 +7,7 @@ from benchmarks import report
 
 MODULES = (
     "step",
+    "profile",
     "scale",
     "coordinator",
     "hooks",

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import FileStore
 
 from protos.pair import PARCEL_BYTES
 
@@ -67,7 +68,7 @@ def bare_pair() -> Iterator[BarePair]:
 
 
 def _group(store: str, rank: int) -> "dist.ProcessGroupGloo":
-    return dist.ProcessGroupGloo(dist.FileStore(store, 2), rank, 2, datetime.timedelta(seconds=60))
+    return dist.ProcessGroupGloo(FileStore(store, 2), rank, 2, datetime.timedelta(seconds=60))
 
 
 def _send(group: "dist.ProcessGroupGloo", other: int, data: torch.Tensor) -> dist.Work:

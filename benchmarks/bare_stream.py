@@ -27,7 +27,7 @@ class BareStream:
 
     def pull(self, nbytes: int) -> float:
         """Receives that many bytes in messages of the links' size. Seconds."""
-        method = self.channel.stream_stream("/bare/Pull")
+        method = self.channel.stream_stream("/bare/Pull", None, None)
         begin = time.perf_counter()
         received = sum(len(message) for message in method(iter([str(nbytes).encode()])))
         seconds = time.perf_counter() - begin
@@ -36,7 +36,7 @@ class BareStream:
 
     def push(self, nbytes: int) -> float:
         """Sends that many bytes and waits for the one answer. Seconds."""
-        method = self.channel.stream_stream("/bare/Push")
+        method = self.channel.stream_stream("/bare/Push", None, None)
         begin = time.perf_counter()
         (answer,) = method(_messages(nbytes))
         seconds = time.perf_counter() - begin

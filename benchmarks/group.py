@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
+from torch.multiprocessing.spawn import spawn
 
 import trainer
 from benchmarks import report
@@ -60,7 +60,7 @@ def run(quick: bool) -> list[report.Row]:
 
 def _moved(addresses: list[str], mode: str, world_size: int, width: int, blocks: int) -> tuple[int, int]:
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_train, (addresses, mode, world_size, width, blocks, folder), world_size)  # type: ignore[no-untyped-call]
+        spawn(_train, (addresses, mode, world_size, width, blocks, folder), world_size)  # type: ignore[no-untyped-call]
         each = [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(world_size)]
     return sum(pulled for pulled, _ in each), sum(pushed for _, pushed in each)
 

@@ -90,6 +90,7 @@ def _one_server(kind: str, bare: BareStream | BarePair | None, count: int, round
     with LocalCluster(servers=1) as cluster, _Parameters(cluster, kind, count) as parameters:
         nbytes, pids = count * _NBYTES, [cluster.pid(0)]
         pull, push = Side(nbytes, pids, parameters.pull), Side(nbytes, pids, parameters.push)
+        bars: tuple[float, float | None]
         if bare is None:
             bars, against = (0.6, None), "memcpy"
             blocks = [Side(nbytes, [], parameters.copy)] * 2

@@ -1,6 +1,7 @@
 """Training in plain torch with the arithmetic that servers do."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import nn
@@ -18,10 +19,22 @@ class PlainTraining:
         self._masters = masters or [nn.Parameter(weight.detach().float()) for weight in self._weights]
         self._optimizer = torch.optim.AdamW(self._masters, lr=lr, fused=True)
 
-    def step(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """The loss."""
-        loss: torch.Tensor = self._model(x, y)
-        loss.backward()
+    def step(
+        self,
+        x: torch.Tensor,
+        y: torch.Tensor,
+        phase: Callable[[str], AbstractContextManager[None]] = lambda name: nullcontext(),
+    ) -> torch.Tensor:
+        """The loss. phase: entered for each part of the step, with its name."""
+        with phase("forward"):
+            loss: torch.Tensor = self._model(x, y)
+        with phase("backward"):
+            torch.autograd.backward(loss)
+        with phase("update"):
+            self._update()
+        return loss
+
+    def _update(self) -> None:
         for weight, master in zip(self._weights, self._masters, strict=True):
             assert weight.grad is not None
             master.grad, weight.grad = weight.grad.float(), None
@@ -30,4 +43,3 @@ class PlainTraining:
         with torch.no_grad():
             for weight, master in zip(self._weights, self._masters, strict=True):
                 weight.copy_(master)
-        return loss

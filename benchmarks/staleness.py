@@ -79,7 +79,7 @@ def _trained(job: trainer.Job, staleness: int, steps: int, corpus: Corpus) -> tu
         for group in optimizer.param_groups:
             group["lr"] = _rate(step, steps)
         value = loss(0, step)
-        value.backward()
+        torch.autograd.backward(value)
         optimizer.step()
         optimizer.zero_grad()
         each.append(value.item())
@@ -148,7 +148,7 @@ def gained(layers: int, steps: int) -> list[report.Row]:
                     model(x).square().mean().backward()
                     optimizer.step()
                     optimizer.zero_grad()
-                optimizer.state_for(model[-1].weight)
+                optimizer.state_for(list(model.parameters())[-1])
                 if number >= 2:
                     seconds[k].append((time.perf_counter() - began) / _STEPS_A_TURN)
     rows = []

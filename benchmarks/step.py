@@ -130,7 +130,7 @@ def _case(plan: Plan, case: str, trainers: int, say: Callable[[str], None]) -> l
         sides: dict[str, Ranks] = {}
         for name in (*plan.against, *plan.variants):
             try:
-                side = stack.enter_context(_started(name, work))
+                side = stack.enter_context(started(name, work))
                 side.wait_ready()
             except SideError as error:
                 say(f"{case}, {trainers} trainers: left out: {error}")
@@ -155,7 +155,7 @@ def _case(plan: Plan, case: str, trainers: int, say: Callable[[str], None]) -> l
 
 
 @contextmanager
-def _started(name: str, work: Workload) -> Iterator[Ranks]:
+def started(name: str, work: Workload) -> Iterator[Ranks]:
     """A side's processes. Raises SideError where it cannot run here."""
     if name == PLAIN:
         alone = replace(work, world_size=1, threads=THREADS).with_options(ranks=str(work.world_size))
@@ -239,14 +239,14 @@ def main() -> int:
     parser = report.parser(__doc__)
     parser.add_argument(
         "--against",
-        type=_names(PLAIN, *PEERS),
+        type=names(PLAIN, *PEERS),
         default=plan.against,
         metavar="SIDE,...",
         help=f"of {PLAIN}, {', '.join(PEERS)}",
     )
     parser.add_argument(
         "--variants",
-        type=_names(*VARIANTS),
+        type=names(*VARIANTS),
         default=plan.variants,
         metavar="NAME,...",
         help=f"of zero-ps: {', '.join(VARIANTS)} (default: {','.join(plan.variants)})",
@@ -270,7 +270,7 @@ def main() -> int:
     return report.conclude(measure(plan, lambda text: print(text, file=sys.stderr, flush=True)), arguments)
 
 
-def _names(*known: str) -> Callable[[str], tuple[str, ...]]:
+def names(*known: str) -> Callable[[str], tuple[str, ...]]:
     def parse(text: str) -> tuple[str, ...]:
         names = tuple(text.split(","))
         for name in names:

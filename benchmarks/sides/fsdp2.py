@@ -5,6 +5,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+from benchmarks.sides.phases import Phases
 from benchmarks.sides.side import serve
 from benchmarks.workload import LEARNING_RATE, Batches, Workload
 
@@ -23,16 +24,24 @@ class Fsdp2:
         self._model = model
         self._optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
         self._batches = batches
+        self._phases = Phases()
 
     def step(self, index: int) -> float:
-        loss: torch.Tensor = self._model(*self._batches.at(index))
-        loss.backward()
-        self._optimizer.step()
-        self._optimizer.zero_grad()
+        x, y = self._batches.at(index)
+        with self._phases("forward"):
+            loss: torch.Tensor = self._model(x, y)
+        with self._phases("backward"):
+            torch.autograd.backward(loss)
+        with self._phases("update"):
+            self._optimizer.step()
+            self._optimizer.zero_grad()
         return loss.item()
 
     def moved(self) -> dict[str, int]:
         return {}
+
+    def spent(self) -> dict[str, float]:
+        return self._phases.seconds
 
 
 if __name__ == "__main__":

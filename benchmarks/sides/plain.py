@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from benchmarks.plain import PlainTraining
+from benchmarks.sides.phases import Phases
 from benchmarks.sides.side import serve
 from benchmarks.workload import LEARNING_RATE, Batches, Workload
 
@@ -17,15 +18,19 @@ class Plain:
         masters = [nn.Parameter(weight.detach().clone()) for weight in model.parameters()]
         self._training = PlainTraining(model.to(torch.bfloat16), LEARNING_RATE, masters)
         self._batches = batches
+        self._phases = Phases()
         self._ranks = int(work.option("ranks") or 1)
 
     def step(self, index: int) -> float:
         parts = [self._batches.at(index, rank) for rank in range(self._ranks)]
         x, y = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-        return self._training.step(x, y).item()
+        return self._training.step(x, y, self._phases).item()
 
     def moved(self) -> dict[str, int]:
         return {}
+
+    def spent(self) -> dict[str, float]:
+        return self._phases.seconds
 
 
 if __name__ == "__main__":

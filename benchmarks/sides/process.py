@@ -27,12 +27,14 @@ class Block:
     """Some steps in a row. seconds, losses: of each, the slowest trainer's and their mean.
 
     processor_seconds: of all processes, servers included, for the whole block. moved: bytes, all trainers together.
+    spent: seconds of each trainer by where they went, as `Side.spent` names it, for the whole block.
     """
 
     seconds: Sequence[float]
     losses: Sequence[float]
     processor_seconds: float
     moved: Mapping[str, int]
+    spent: Sequence[Mapping[str, float]] = ()
 
 
 class Ranks:
@@ -56,6 +58,7 @@ class Ranks:
         self._logs = tempfile.TemporaryDirectory(prefix="zero-ps-side-")
         self._processes: list[subprocess.Popen[bytes]] = []
         self._moved: dict[str, int] = {}
+        self._spent: list[dict[str, float]] = [{} for _ in range(work.world_size)]
         port = _free_port()
         for rank in range(work.world_size):
             with self._log(rank).open("wb") as log:
@@ -88,7 +91,7 @@ class Ranks:
 
     def block(self, steps: int) -> Block:
         """Has all trainers make steps. Raises SideError."""
-        before = self._processor_seconds()
+        processor = self._processor_seconds()
         for process in self._processes:
             assert process.stdin is not None
             process.stdin.write(json.dumps({"steps": steps}).encode() + b"\n")
@@ -98,10 +101,14 @@ class Ranks:
         block = Block(
             [max(each) for each in zip(*(answer["seconds"] for answer in answers), strict=True)],
             [sum(each) / len(each) for each in zip(*(answer["losses"] for answer in answers), strict=True)],
-            self._processor_seconds() - before,
+            self._processor_seconds() - processor,
             {key: value - self._moved.get(key, 0) for key, value in moved.items()},
+            [
+                {key: seconds - before.get(key, 0.0) for key, seconds in answer["spent"].items()}
+                for answer, before in zip(answers, self._spent, strict=True)
+            ],
         )
-        self._moved = moved
+        self._moved, self._spent = moved, [answer["spent"] for answer in answers]
         return block
 
     def peak_bytes(self) -> dict[str, int]:

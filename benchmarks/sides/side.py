@@ -21,6 +21,9 @@ class Side(Protocol):
     def moved(self) -> dict[str, int]:
         """Bytes of tensors that this process has moved since the start, by direction; empty where nobody counts."""
 
+    def spent(self) -> dict[str, float]:
+        """Seconds since the start, as `Phases` names them, and what else the side knows of where they went."""
+
 
 def serve(make: Callable[[Workload, Batches], Side]) -> None:
     """What a side's process runs. Whatever the side prints goes to stderr."""
@@ -38,4 +41,7 @@ def serve(make: Callable[[Workload, Batches], Side]) -> None:
             losses.append(side.step(made))
             seconds.append(time.perf_counter() - began)
             made += 1
-        print(json.dumps({"seconds": seconds, "losses": losses, "moved": side.moved()}), file=answers)
+        print(
+            json.dumps({"seconds": seconds, "losses": losses, "moved": side.moved(), "spent": side.spent()}),
+            file=answers,
+        )

@@ -4,6 +4,7 @@ from typing import Any
 
 import deepspeed
 
+from benchmarks.sides.phases import Phases
 from benchmarks.sides.side import serve
 from benchmarks.workload import LEARNING_RATE, Batches, Workload
 
@@ -15,15 +16,23 @@ class Zero3:
         self._engine: Any
         self._engine, *_ = deepspeed.initialize(model=work.model(), config=_config(work))
         self._batches = batches
+        self._phases = Phases()
 
     def step(self, index: int) -> float:
-        loss = self._engine(*self._batches.at(index))
-        self._engine.backward(loss)
-        self._engine.step()
+        x, y = self._batches.at(index)
+        with self._phases("forward"):
+            loss = self._engine(x, y)
+        with self._phases("backward"):
+            self._engine.backward(loss)
+        with self._phases("update"):
+            self._engine.step()
         return float(loss.item())
 
     def moved(self) -> dict[str, int]:
         return {}
+
+    def spent(self) -> dict[str, float]:
+        return self._phases.seconds
 
 
 def _config(work: Workload) -> dict[str, object]:
