@@ -1,7 +1,7 @@
 """Who of a job's trainers will be in its next group. Shard 0 decides; the others hear of it from the trainers."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 from ps.errors import Conflict, InvalidRequest, SessionEnded
@@ -47,13 +47,22 @@ class Assembly:
     there, and from then on whenever everybody has come who was in the group before and is still alive.
 
     newest_step: the last step that a trainer has asked for, or that was made; -1 before the first.
+    parted: ranks that left after they asked for a step which the others have still to ask for.
     """
 
-    def __init__(self, job: str, sessions: Sessions, monitor: Monitor, newest_step: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        job: str,
+        sessions: Sessions,
+        monitor: Monitor,
+        newest_step: Callable[[], int],
+        parted: Callable[[], Collection[int]],
+    ) -> None:
         self._job = job
         self._sessions = sessions
         self._monitor = monitor
         self._newest_step = newest_step
+        self._parted = parted
         self._waiting: dict[str, Applicant] = {}
         # (The group that it is for, the step.)
         self._regroup: tuple[int, int] = (0, 0)
@@ -80,6 +89,7 @@ class Assembly:
             if not applicant.elastic:
                 # First: a former run's leases may have to end, and nothing is to be disturbed by who does not fit.
                 self._sessions.wait_for_world(applicant.rank, applicant.world_size, patience)
+                self._let_others_leave(applicant, patience)
             self._admit(applicant)
             self._waiting[applicant.incarnation] = applicant
             try:
@@ -120,6 +130,26 @@ class Assembly:
                 self._regroup = sessions.number, self._newest_step() + 2
         else:
             self._take_rank(applicant)
+
+    def _let_others_leave(self, applicant: Applicant, patience: Patience) -> None:
+        """Where the last trainer of this rank left in order, the others make the step that it has asked for before it
+        left, and may be about to leave as well: they have a lease's time for that."""
+        sessions, rank = self._sessions, applicant.rank
+        arrived = time.monotonic()
+
+        def over() -> bool:
+            if rank in sessions.by_rank() or not sessions.by_rank():
+                return True
+            return rank not in self._parted() and time.monotonic() - arrived > sessions.lease_seconds
+
+        self._monitor.wait_until(
+            over,
+            patience,
+            lambda: (
+                f"ranks {sorted(sessions.by_rank())[:8]} of job {self._job!r} to make the step that rank {rank} asked "
+                "for before it left, or to leave"
+            ),
+        )
 
     def _take_rank(self, applicant: Applicant) -> None:
         """A trainer comes for a rank that may be another one's. One that came before yields it to a newer one."""

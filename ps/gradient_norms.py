@@ -72,6 +72,11 @@ class GradientNorms:
                         f"rank {rank} discarded its gradients of step {step} before rank {session.rank} asked "
                         "for their norm; every rank has to ask for the same norms and then call zero_grad"
                     )
+                if other.epoch < contributions.epoch and rank in self._steps.parted:
+                    raise Conflict(
+                        f"rank {rank} asked for step {step} and left, while rank {session.rank} discarded its "
+                        "gradients of that step and began anew; every rank has to do the same"
+                    )
 
         with contributions.lock, self._monitor:
             self._steps.check_step(session, shard, step)

@@ -62,7 +62,7 @@ class Job:
         self.updater = Updater(name, self.shard_lock, self.monitor, self.commits, late=options.late_updates)
         self.steps = Steps(name, self.sessions, self.monitor, self.updater)
         self.norms = GradientNorms(name, self.steps, self.monitor)
-        self.assembly = Assembly(name, self.sessions, self.monitor, self._newest_step)
+        self.assembly = Assembly(name, self.sessions, self.monitor, self._newest_step, lambda: self.steps.parted)
         self._staging: dict[str, Staging] = {}
         self.leaving = False
 
@@ -114,8 +114,11 @@ class Job:
             if session.ended is not None:
                 chosen.link.close()
 
-    def close_session(self, session: Session) -> None:
+    def close_session(self, session: Session, step: int = 0) -> None:
+        """Its trainer leaves in order, having asked every server for the steps before `step`."""
         with self.monitor:
+            if self.shard is not None:
+                self.steps.keep(session, self.shard, step)
             self.sessions.close(session)
 
     def end_group(self, session: Session, reason: str) -> None:

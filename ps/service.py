@@ -213,7 +213,7 @@ class ParameterServer:
     @_at_once
     def CloseSession(self, request: pb.CloseSessionRequest, context: grpc.ServicerContext) -> pb.CloseSessionResponse:
         job, session = self._jobs.find(request.session_id)
-        job.close_session(session)
+        job.close_session(session, request.step)
         return pb.CloseSessionResponse()
 
     @_at_once

@@ -3,7 +3,7 @@
 import threading
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 from protos.sizes import format_bytes
@@ -70,6 +70,11 @@ class Session:
     @property
     def read_only(self) -> bool:
         return self.group is None
+
+    @property
+    def left(self) -> bool:
+        """Whether its trainer closed it, so that it was not lost."""
+        return self.group is not None and self.group.left.get(self.rank) is self
 
     @property
     def world_size(self) -> int:
@@ -176,6 +181,8 @@ class Sessions:
             self._end(present, f"a newer trainer took over rank {rank}")
             if group.lost is not None:
                 raise RankLost(group.lost)
+        if number and rank in group.left:
+            raise RankLost(f"rank {rank} of job {self._job!r} has left group {number}: {group.left[rank].ended}")
         group.left.pop(rank, None)
         session = self._add(rank, incarnation, group)
         group.formed = group.formed or len(self._ranks) == world_size
@@ -353,9 +360,10 @@ class Sessions:
         if rank >= world_size:
             raise InvalidRequest(f"rank {rank} does not exist in a world of size {world_size}")
 
-    def check_group(self, session: Session) -> None:
+    def check_group(self, session: Session, without: Collection[int] = ()) -> None:
         """Raises RankLost when a trainer that `session` waits for is gone.
 
+        without: ranks that have left and are not waited for.
         Where trainers come one by one, one that fell silent before `session` began belongs to a former run, and its
         successor may still be on the way.
         """
@@ -364,7 +372,7 @@ class Sessions:
         if group is None:
             return
         for rank, gone in sorted(group.left.items()):
-            if group.number or gone.last_seen > session.opened_at:
+            if rank not in without and (group.number or gone.last_seen > session.opened_at):
                 raise RankLost(f"rank {rank} of job {self._job!r} is lost: {gone.ended}")
 
     def check_world(self, session: Session) -> None:

@@ -1,6 +1,6 @@
 """Steps of one job: contributions come in, become final, and a step begins once all trainers agree."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import torch
 
@@ -31,6 +31,8 @@ class Steps:
         self._monitor = monitor
         self._updater = updater
         self._contributions: dict[str, Contributions] = {}
+        # Of ranks that left in order and asked for the next step before, which the others have still to ask for.
+        self._parted: dict[int, Contributions] = {}
         # Of those who announced the next step or asked for it, and that step once all of them have.
         self._wishes: dict[int, StepWish] = {}
         self._agreed: AgreedStep | None = None
@@ -44,17 +46,43 @@ class Steps:
             # It knows nothing of what the others have been through, so all count from the same epoch.
             self._begin_epochs()
 
+    def keep(self, session: Session, shard: Shard, step: int) -> None:
+        """A trainer is about to leave in order, and has asked every server for the steps before `step`.
+
+        If the last of them has still to be made, what it contributed stays for that. Elsewhere it might have said less:
+        a step that only some servers can make would be half done. Expects the monitor to be held.
+        """
+        contributions = self._contributions.get(session.id)
+        if contributions is not None and contributions.stepped == shard.step == step - 1:
+            self._parted[session.rank] = self._contributions.pop(session.id)
+
     def leave(self, session: Session) -> None:
-        """Discards what a session contributed and no agreed step uses; expects the monitor to be held."""
+        """Discards what a session contributed and no step will use; expects the monitor to be held."""
         contributions = self._contributions.pop(session.id, None)
-        if contributions is None:
+        if contributions is not None:
+            contributions.drop()
+        if session.read_only:
             return
-        contributions.drop()
-        if not session.read_only:
+        if contributions is not None:
             self._wishes.pop(session.rank, None)
             self._abandon(f"rank {session.rank} was lost: {session.ended}")
             self._disagreement = None
+        if not session.left:
             self.norms.clear()
+        if not session.left or not self._sessions.by_rank():
+            self._forget_parted(f"rank {session.rank} was lost: {session.ended}")
+
+    def _forget_parted(self, why: str) -> None:
+        """The step that they asked for is not made by this group."""
+        for rank in self._parted:
+            self._wishes.pop(rank, None)
+            self._abandon(why)
+        self._drop_parted()
+
+    def _drop_parted(self) -> None:
+        for contributions in self._parted.values():
+            contributions.drop()
+        self._parted.clear()
 
     def reset(self) -> None:
         """Discards everything, for a restore; expects the monitor to be held."""
@@ -62,6 +90,7 @@ class Steps:
             new = self._contributions[id] = Contributions(old.name)
             new.terms, new.stated = old.terms, old.stated
             old.drop()
+        self._drop_parted()
         self._wishes.clear()
         self._abandon("a restore came")
         self._disagreement = None
@@ -74,7 +103,12 @@ class Steps:
 
     @property
     def resident_bytes(self) -> int:
-        return sum(c.resident_bytes for c in list(self._contributions.values()))
+        return sum(c.resident_bytes for c in [*self._contributions.values(), *self._parted.values()])
+
+    @property
+    def parted(self) -> Collection[int]:
+        """Ranks that left in order and have done what the next step needs of them; expects the monitor to be held."""
+        return self._parted.keys()
 
     def newest_asked(self) -> int:
         """The last step that a trainer of the present group has asked for, or -1; expects the monitor to be held."""
@@ -92,8 +126,10 @@ class Steps:
 
     def by_rank(self, session: Session) -> list[Contributions] | None:
         """Those of all ranks of a session's world, or None while one is missing; expects the monitor to be held."""
-        trainers = self._sessions.trainers(session.world_size)
-        return None if trainers is None else [self._contributions[trainer.id] for trainer in trainers]
+        present = {rank: self._contributions[each.id] for rank, each in self._sessions.by_rank().items()}
+        found = self._parted | present
+        ranks = range(session.world_size)
+        return [found[rank] for rank in ranks] if found.keys() >= set(ranks) else None
 
     def agree_on(self, session: Session, terms: Terms) -> None:
         """Notes a session's terms. Raises Conflict if another one has stated others."""
@@ -118,7 +154,7 @@ class Steps:
 
     def check_progress(self, session: Session) -> None:
         """Raises when the next step cannot come about: a trainer is lost, or they disagree."""
-        self._sessions.check_group(session)
+        self._sessions.check_group(session, without=self._parted)
         if self._disagreement is not None and not session.read_only:
             raise Conflict(self._disagreement)
 
@@ -293,9 +329,10 @@ class Steps:
                 raise Conflict(self._disagreement)
         self._disagreement = None
         self._wishes[session.rank] = wish
-        trainers = self._sessions.trainers(session.world_size)
-        if self._agreed is None and trainers is not None and all(t.rank in self._wishes for t in trainers):
-            self._agreed = AgreedStep(shard, step, options, (self._contributions[t.id] for t in trainers))
+        if self._agreed is None and self._wishes.keys() >= set(range(session.world_size)):
+            by_rank = self.by_rank(session)
+            if by_rank is not None:
+                self._agreed = AgreedStep(shard, step, options, by_rank)
 
     def _complete(self, agreed: AgreedStep, wish: StepWish) -> None:
         agreed.edits, agreed.complete = by_parameter(wish.edits), True
@@ -303,6 +340,7 @@ class Steps:
         agreed.shard.newest_version = agreed.shard.step
         self._agreed = None
         self._wishes.clear()
+        self._drop_parted()
         self._begin_epochs()
         self._updater.submit(agreed)
 

@@ -31,10 +31,10 @@ class Connection:
         self.links = links
         self.outbox = outbox
 
-    def close(self) -> None:
-        """Leaves in order. Safe to call twice."""
+    def close(self, step: int = 0) -> None:
+        """Leaves in order, having asked every server for the steps before `step`. Safe to call twice."""
         self._close_links()
-        self.session.close()
+        self.session.close(step)
         self._close_channels()
 
     def abandon(self, reason: str) -> None:

@@ -212,7 +212,7 @@ class Job:
         open_jobs.discard(self)
         if self.model is not None:
             self.model.leave()
-        self.connection.close()
+        self.connection.close(self.step)
 
     def recover(self, timeout: float | None = None) -> int:
         """Joins the job anew after servers or other trainers were lost, with the same model and optimizer.
@@ -330,4 +330,4 @@ def _leave() -> None:
     """Ends the sessions of a process that did not close its jobs, so that the others need not wait for its lease."""
     for job in list(open_jobs):
         with contextlib.suppress(Exception):
-            job.connection.close()
+            job.connection.close(job.step)

@@ -142,8 +142,12 @@ class Session:
             return error
         return None
 
-    def close(self) -> None:
-        """Gives the lease back. A server that cannot be told finds out when the lease ends."""
+    def close(self, step: int = 0) -> None:
+        """Gives the lease back. A server that cannot be told finds out when the lease ends.
+
+        step: every server has been asked for the steps before it; the last of them will be made with what this trainer
+            contributed.
+        """
         if self._closed.is_set():
             return
         self.stop()
@@ -151,7 +155,7 @@ class Session:
             call_all(
                 [server for server in self._servers if server.session_id],
                 "CloseSession",
-                lambda server: pb.CloseSessionRequest(session_id=server.session_id),
+                lambda server: pb.CloseSessionRequest(session_id=server.session_id, step=step),
                 5.0,
             )
 

@@ -140,7 +140,6 @@ def steps(
                 if grow and size == 2 and (0 < joined_at == step or places.get(step - 1) == (0, 1)):
                     until = step + 3
         params = gathered_values(model)
-        connection.barrier("the end")
         result = {
             "joined_at": joined_at,
             "losses": losses,
