@@ -26,7 +26,7 @@ from ps.jobs import Jobs
 from ps.links import Links
 from ps.optimizer import warm_up
 from ps.options import ServerOptions
-from ps.process import return_freed_blocks, share_heaps
+from ps.process import keep_freed_blocks, return_freed_blocks, share_heaps
 from ps.registration import add_service
 from ps.security import PLAIN_LINKS_REASON, Security, SecurityOptions
 from ps.service import ParameterServer
@@ -76,6 +76,8 @@ class Server:
         if options.memory_bytes is not None:
             return_freed_blocks(_RETURNED_BYTES)
             share_heaps(_HEAPS)
+        else:
+            keep_freed_blocks()
         self._jobs = Jobs(options.server, data_dir, Tier(options.memory_bytes, policy_named(options.server.eviction)))
         self._links = Links(
             options.server.links, options.server.advertise, dict.fromkeys(security.kept_in_tls, PLAIN_LINKS_REASON)
