@@ -8,7 +8,7 @@ import torch
 from protos.segment import Arena
 from ps.chunk import Chunk
 from ps.errors import VersionGone
-from ps.links import Block
+from ps.links import Block, Read
 from ps.monitor import Patience
 from ps.tier import Lent
 
@@ -49,12 +49,11 @@ class _Newest:
         self._patience = patience
         self._bytes: list[bytes] | None = None
 
-    def reader(self, number: int) -> Callable[[int, int], bytes]:
-        def read(start: int, stop: int) -> bytes:
+    def reader(self, number: int) -> Read:
+        def read(start: int, stop: int, head: bytes = b"") -> bytes:
             if self._bytes is None:
                 self._bytes = self._at_one_version(self._read)
-            data = self._bytes[number]
-            return data if stop - start == len(data) else data[start:stop]
+            return b"".join((head, memoryview(self._bytes[number])[start:stop]))
 
         return read
 

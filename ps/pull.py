@@ -11,14 +11,14 @@ from ps.chunk import Chunk
 from ps.errors import InvalidRequest
 from ps.job import Job
 from ps.jobs import Jobs
-from ps.links import Block
+from ps.links import Block, Read
 from ps.monitor import Patience
 from ps.newest import newest_blocks
 from ps.places import Place
 from ps.runs import Runs, decode_runs
 from ps.sessions import Session
 from ps.shard import Shard
-from ps.state_access import Read, array_of, check_travels, dtype_of, elements_of, reader
+from ps.state_access import array_of, check_travels, dtype_of, elements_of, reader
 from ps.statuses import stream_error
 from ps.tier import Lent
 from ps.traffic import Traffic
@@ -125,11 +125,11 @@ def _arrays(
 
 
 def _shifted(read: Read, offset: int) -> Read:
-    return lambda start, stop: read(offset + start, offset + stop)
+    return lambda start, stop, head=b"": read(offset + start, offset + stop, head)
 
 
 def _reader(chunk: Chunk, version: int, dtype: torch.dtype, patience: Patience) -> Read:
-    return lambda start, stop: chunk.read(version, dtype, start, stop, patience)
+    return lambda start, stop, head=b"": chunk.read(version, dtype, start, stop, patience, head)
 
 
 def _lender(chunk: Chunk, version: int, dtype: torch.dtype, patience: Patience) -> Callable[[Arena], Lent | None]:

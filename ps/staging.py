@@ -1,12 +1,13 @@
 """Weights of a model under construction: rank 0 sends them before there is a manifest that lists them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
 from ps.chunk import Chunk, byte_view
 from ps.errors import InvalidRequest, ServerFull
 from ps.home import staged_part
+from ps.links import Read
 from ps.tier import Area, Incoming, Part, Tier
 
 MAX_STAGED = 1 << 18
@@ -37,7 +38,7 @@ class Staging:
         if replaced is not None:
             self._tier.discard([replaced])
 
-    def read(self, staging_id: int, chunk: int, dtype: torch.dtype | None) -> tuple[int, Callable[[int, int], bytes]]:
+    def read(self, staging_id: int, chunk: int, dtype: torch.dtype | None) -> tuple[int, Read]:
         """The size of a staged chunk in `dtype`, and how to read a range of it.
 
         Raises InvalidRequest if there is none.
@@ -47,12 +48,12 @@ class Staging:
             raise InvalidRequest(f"there is no staged chunk {chunk} under id {staging_id}")
         wanted = part.dtype if dtype is None else dtype
 
-        def read(start: int, stop: int) -> bytes:
+        def read(start: int, stop: int, head: bytes = b"") -> bytes:
             with self._tier.lease([part]):
                 if not part.filled:
                     raise InvalidRequest(f"staged chunk {chunk} under id {staging_id} is gone")
                 values = part.tensor[start // wanted.itemsize : stop // wanted.itemsize]
-                return bytes(byte_view(values.to(wanted)))
+                return b"".join((head, byte_view(values.to(wanted))))
 
         return part.nbytes // part.dtype.itemsize * wanted.itemsize, read
 

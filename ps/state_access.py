@@ -1,6 +1,6 @@
 """Optimizer state, and the moving average of weights, as trainers read and replace it: one array at a time."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -9,13 +9,12 @@ from ps import averages
 from ps.chunk import Chunk
 from ps.errors import Conflict, InvalidRequest, NotFound
 from ps.job import Job
+from ps.links import Read
 from ps.monitor import Patience
 from ps.sessions import Session
 from ps.shard import FLUSH_SECONDS, Shard, at_liberty
 from ps.store import StateArray
 from ps.tier import Incoming, Part
-
-Read = Callable[[int, int], bytes]
 
 
 def list_state(
@@ -70,7 +69,7 @@ def check_travels(chunks: Iterable[Chunk], array: StateArray, dtype: torch.dtype
 def reader(chunk: Chunk, array: StateArray, version: int, dtype: torch.dtype, patience: Patience) -> Read:
     """Reads ranges of bytes of a chunk's array in a dtype."""
 
-    def read(start: int, stop: int) -> bytes:
+    def read(start: int, stop: int, head: bytes = b"") -> bytes:
         with chunk.lock:
             part = chunk.state.get(array.name)
             filled = part is not None and part.filled
@@ -78,8 +77,8 @@ def reader(chunk: Chunk, array: StateArray, version: int, dtype: torch.dtype, pa
             if array.name != EMA:
                 raise NotFound(f"{chunk.label} has no {array.name} at version {version}: it was never updated")
             # Nothing was averaged yet, so that the weight is its own average.
-            return chunk.read(version, dtype, start, stop, patience)
-        return chunk.read_part(part, version, dtype, start, stop, patience)
+            return chunk.read(version, dtype, start, stop, patience, head)
+        return chunk.read_part(part, version, dtype, start, stop, patience, head)
 
     return read
 

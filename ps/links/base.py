@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 from protos import zero_ps_pb2 as pb
 from protos.segment import Arena
@@ -18,17 +19,23 @@ def _nothing_to_lend(arena: Arena) -> Lent | None:
     return None
 
 
+class Read(Protocol):
+    """Bytes `start` to `stop` of something, behind `head`: put together here, a message is copied once."""
+
+    def __call__(self, start: int, stop: int, head: bytes = b"") -> bytes: ...
+
+
 @dataclass(frozen=True)
 class Block:
     """Bytes that leave together, such as a chunk's at one version.
 
-    read: a range of them. Raises a ServerError when they are not what was asked for any more.
+    read: Raises a ServerError when they are not what was asked for any more.
     lend: memory that has them from its byte `start` on, to be read there until it is given back, taken from an
         arena if it is not there already; None where there is no such memory. Raises as `read`, and MemoryError.
     """
 
     num_bytes: int
-    read: Callable[[int, int], bytes]
+    read: Read
     lend: Callable[[Arena], Lent | None] = _nothing_to_lend
     start: int = 0
 

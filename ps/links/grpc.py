@@ -6,6 +6,9 @@ from protos import MESSAGE_BYTES, frames
 from protos import zero_ps_pb2 as pb
 from ps.links.base import Block, Link, LinkKind
 
+_SMALL_BYTES = 64 << 10
+"""What is smaller is copied twice, so as to share a message; a message costs more than that."""
+
 
 class GrpcLink(Link):
     """Cuts and packs bytes into messages of the size that gRPC moves fast."""
@@ -27,29 +30,30 @@ class GrpcKind(LinkKind):
 
 
 def messages(request_id: int, blocks: Iterable[Block | None]) -> Iterator[tuple[bytes, int]]:
-    """Responses with the blocks' bytes back to back, cut into messages; small ones share one. At least one.
+    """Responses with the blocks' bytes back to back; small blocks share one, the others are cut. At least one.
 
     Each with how many bytes it has of them.
     """
     parts: list[bytes] = []
     size, sent = 0, False
     for block in blocks:
-        if block is not None:
-            start = 0
-            while start < block.num_bytes:
-                stop = min(block.num_bytes, start + MESSAGE_BYTES - size)
-                parts.append(block.read(start, stop))
-                size += stop - start
-                start = stop
-                if size == MESSAGE_BYTES:
-                    yield _message(request_id, size, parts)
-                    parts, size, sent = [], 0, True
-        elif parts:
-            yield _message(request_id, size, parts)
+        small = block is not None and block.num_bytes < _SMALL_BYTES
+        if parts and (not small or size > MESSAGE_BYTES - _SMALL_BYTES):
+            yield _together(request_id, size, parts)
             parts, size, sent = [], 0, True
+        if block is None:
+            continue
+        if small:
+            parts.append(block.read(0, block.num_bytes))
+            size += block.num_bytes
+            continue
+        for start in range(0, block.num_bytes, MESSAGE_BYTES):
+            stop = min(start + MESSAGE_BYTES, block.num_bytes)
+            yield block.read(start, stop, frames.pull_head(request_id, stop - start)), stop - start
+            sent = True
     if parts or not sent:
-        yield _message(request_id, size, parts)
+        yield _together(request_id, size, parts)
 
 
-def _message(request_id: int, size: int, parts: list[bytes]) -> tuple[bytes, int]:
+def _together(request_id: int, size: int, parts: list[bytes]) -> tuple[bytes, int]:
     return b"".join((frames.pull_head(request_id, size), *parts)), size

@@ -36,13 +36,13 @@ def test_memory_that_is_lent_stays_as_it_is_until_it_was_read(address: str, job_
         Peer(address, "shm", job_name, {"w": torch.zeros(elements)}, read_only=True) as slow,
     ):
         target, begin = torch.full((elements,), 5.0), threading.Event()
-        unpack = slow.link._unpack
+        deliver = slow.link.deliver
 
-        def slowly(response):
+        def slowly(response, pull):
             assert begin.wait(TIMEOUT)
-            yield from unpack(response)
+            deliver(response, pull)
 
-        slow.link._unpack = slowly
+        slow.link.deliver = slowly
         arriving = slow.start_pull(0, target)
         for step in range(2):
             peer.push(0, torch.ones(elements), step=step).result(TIMEOUT)
@@ -57,14 +57,14 @@ def test_a_reader_whose_session_has_ended_learns_that_what_it_read_was_not_its_o
     address: str, job_name: str
 ) -> None:
     with Peer(address, "shm", job_name, {"w": torch.zeros(2_000_000)}) as peer:
-        unpack = peer.link._unpack
+        deliver = peer.link.deliver
         ended = threading.Event()
 
-        def late(response):
+        def late(response, pull):
             assert ended.wait(TIMEOUT)
-            yield from unpack(response)
+            deliver(response, pull)
 
-        peer.link._unpack = late
+        peer.link.deliver = late
         future = peer.start_pull(0, torch.empty(2_000_000))
         peer.call("CloseSession")
         ended.set()

@@ -1,14 +1,8 @@
-"""Between the bytes of messages and the memory of tensors."""
+"""The memory of tensors as bytes."""
 
 import ctypes
-import warnings
 
 import torch
-
-
-def read_only_tensor(data: bytes | memoryview) -> torch.Tensor:
-    """A 1-d uint8 tensor over `data` without a copy. Writing to it is undefined; it is a copy's source."""
-    return torch.frombuffer(data, dtype=torch.uint8)
 
 
 def byte_view(tensor: torch.Tensor, offset: int, count: int) -> memoryview:
@@ -19,10 +13,3 @@ def byte_view(tensor: torch.Tensor, offset: int, count: int) -> memoryview:
     """
     assert 0 <= offset <= offset + count <= tensor.numel()
     return memoryview((ctypes.c_char * count).from_address(tensor.data_ptr() + offset)).cast("B")
-
-
-# torch warns once in a process that such a tensor must not be written to. Nobody outside this module
-# sees one, so the warning is taken here and not in the middle of somebody's training output.
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    read_only_tensor(b"\0")

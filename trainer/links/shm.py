@@ -16,7 +16,7 @@ from protos.segment import Arena, Segment
 from trainer.errors import ConnectError
 from trainer.links.base import Candidate, LinkUnusable, Push
 from trainer.links.outbox import SMALL_BYTES, Outbox
-from trainer.links.streams import StreamLink
+from trainer.links.streams import PendingPull, StreamLink
 from trainer.server import Server
 
 _HANDSHAKE_SECONDS = 5.0
@@ -55,14 +55,14 @@ class ShmLink(StreamLink):
         self._connection.close()
         self._segment = self._arena = None
 
-    def _unpack(self, response: Data | pb.PullResponse) -> Iterator[torch.Tensor]:
-        yield from super()._unpack(response)
+    def deliver(self, response: Data | pb.PullResponse, pull: PendingPull) -> None:
+        super().deliver(response, pull)
         if isinstance(response, Data) or not response.regions:
             return
         if (segment := self._segment) is None:
             raise ConnectError(f"server {self.address}: the link was closed")
         for region in response.regions:
-            yield segment.tensor(region.offset, region.size)
+            pull.claim(region.size).copy_(segment.tensor(region.offset, region.size))
         self._regions_read += len(response.regions)
         try:
             # This is also how a trainer finds out that the memory was still its own to read: a server that has

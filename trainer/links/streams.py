@@ -18,7 +18,7 @@ import torch
 from protos import MESSAGE_BYTES, dtypes, frames
 from protos import zero_ps_pb2 as pb
 from trainer.links.base import Link, Pull, Push, PushKind, Run
-from trainer.links.buffers import byte_view, read_only_tensor
+from trainer.links.buffers import byte_view
 from trainer.rpc import from_rpc_error, from_stream_error
 from trainer.server import Server
 
@@ -48,17 +48,18 @@ class PendingPull:
     def complete(self) -> bool:
         return self.index >= len(self.destinations)
 
-    def receive(self, source: torch.Tensor) -> None:
-        """Scatters bytes over the destinations; they may span several of them."""
-        size = source.numel()
-        position = 0
-        while position < size:
+    def receive(self, source: memoryview) -> None:
+        """Scatters the bytes of a message over the destinations; they may span several of them.
+
+        Copied with the interpreter's lock held: to give it up and wait for it takes longer than a message's bytes.
+        """
+        while source:
             if self.complete:
-                raise ValueError(f"{size - position} bytes more than were asked for")
+                raise ValueError(f"{len(source)} bytes more than were asked for")
             destination = self.destinations[self.index]
-            count = min(size - position, destination.numel() - self.offset)
-            destination.narrow(0, self.offset, count).copy_(source.narrow(0, position, count))
-            position += count
+            count = min(len(source), destination.numel() - self.offset)
+            byte_view(destination, self.offset, count)[:] = source[:count]
+            source = source[count:]
             self.offset += count
             self._skip_full()
 
@@ -109,8 +110,8 @@ class StreamLink(Link):
 
     def deliver(self, response: frames.Data | pb.PullResponse, pull: PendingPull) -> None:
         """Brings what a response gives to where the pull wants it."""
-        for source in self._unpack(response):
-            pull.receive(source)
+        if response.data:
+            pull.receive(memoryview(response.data))
 
     def complete(self, pull: PendingPull) -> None:
         """All responses to a pull have been delivered."""
@@ -118,12 +119,6 @@ class StreamLink(Link):
 
     def acknowledged(self, request_id: int) -> None:
         """The server has a push, or refused it."""
-
-    def _unpack(self, response: frames.Data | pb.PullResponse) -> Iterator[torch.Tensor]:
-        """What a response gives of its pull, in order, as 1-d uint8 tensors. They are read before the next one is
-        asked for, and not after that."""
-        if response.data:
-            yield read_only_tensor(response.data)
 
     def _pack(self, push: Push, header: pb.PushHeader) -> Iterator[bytes]:
         """The messages that follow a header, as their bytes; the header is added to before this returns."""
