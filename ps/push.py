@@ -86,6 +86,8 @@ class _Arrival:
         self._buffers: Sequence[Incoming] = ()
         self._views: list[memoryview] = []
         self._filled = 0
+        # How many bytes have been asked a place for.
+        self._claimed = 0
         self._lock = threading.Lock()
         self._abandoned = False
         self.expected_bytes = self.missing_bytes = sum(piece.num_bytes for piece in self._pieces)
@@ -95,22 +97,28 @@ class _Arrival:
         if tier.limited:
             session.on_end.add(self.abandon)
 
-    def feed(self, data: bytes | memoryview) -> None:
-        """Raises InvalidRequest for more bytes than the header announced."""
+    def feed(self, data: bytes | memoryview | int) -> None:
+        """data: the next bytes, or how many of them have come to where they were claimed.
+
+        Raises InvalidRequest for more bytes than the header announced.
+        """
         with self._lock:
             self.session.touch()
-            if len(data) > self.missing_bytes:
+            size = data if isinstance(data, int) else len(data)
+            if size > self.missing_bytes:
                 raise InvalidRequest(f"a push of {self.expected_bytes} bytes was followed by more than that")
-            rest = memoryview(data)
-            while rest:
+            rest = None if isinstance(data, int) else memoryview(data)
+            while size:
                 if not self._views:
                     self._begin()
                 view = self._views[0]
-                part = rest[: len(view) - self._filled]
-                view[self._filled : self._filled + len(part)] = part
-                self._filled += len(part)
-                rest = rest[len(part) :]
-                self.missing_bytes -= len(part)
+                count = min(size, len(view) - self._filled)
+                if rest is not None:
+                    view[self._filled : self._filled + count] = rest[:count]
+                    rest = rest[count:]
+                self._filled += count
+                size -= count
+                self.missing_bytes -= count
                 if self._filled == len(view):
                     del self._views[0]
                     self._filled = 0
@@ -118,6 +126,22 @@ class _Arrival:
                         self._finish()
         if self._abandoned:
             self.abandon()
+
+    def claim(self, size: int) -> torch.Tensor | None:
+        """Where the next bytes that nobody has claimed go; None if they do not lie together, or may be given back
+        before they have come: where memory is limited it is another's then."""
+        with self._lock:
+            if self._tier.limited or not self._pieces:
+                return None
+            if not self._views and not self._buffers:
+                self._begin()
+            start, self._claimed = self._claimed, self._claimed + size
+            for buffer in self._buffers:
+                if start < buffer.tensor.nbytes:
+                    together = start + size <= buffer.tensor.nbytes
+                    return buffer.tensor.reshape(-1).view(torch.uint8)[start : start + size] if together else None
+                start -= buffer.tensor.nbytes
+            return None
 
     def finish(self) -> None:
         """Counts what has no bytes. Expects that no bytes are missing."""
@@ -214,8 +238,8 @@ def _receive(incoming: _Arrival, header: pb.PushHeader, traffic: Traffic) -> Non
 
     A function of its own: a local of the stream would keep a trainer's memory from going with the trainer.
     """
-    for data in incoming.session.chosen.link.received(header):
-        traffic.pushed(len(data))
+    for data in incoming.session.chosen.link.received(header, incoming.claim):
+        traffic.pushed(data if isinstance(data, int) else len(data))
         incoming.feed(data)
 
 

@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
+
 from protos import zero_ps_pb2 as pb
 from protos.segment import Arena
 from ps.errors import InvalidRequest
@@ -40,6 +42,13 @@ class Block:
     start: int = 0
 
 
+Claim = Callable[[int], torch.Tensor | None]
+"""Where so many bytes are wanted that follow those it was called for before, as a 1-d uint8 tensor.
+
+None where that cannot be said, or is not one place.
+"""
+
+
 class Link(ABC):
     """Carries the bytes of one session.
 
@@ -57,8 +66,9 @@ class Link(ABC):
         """
 
     @abstractmethod
-    def received(self, header: pb.PushHeader) -> Iterator[memoryview]:
-        """The bytes of a push that come in another way than as messages, in order.
+    def received(self, header: pb.PushHeader, claim: Claim) -> Iterator[memoryview | int]:
+        """The bytes of a push that come in another way than as messages, in order; a number of them for those that
+        are where they were claimed.
 
         They are read before the next is asked for, and not after the push was acknowledged. Raises
         InvalidRequest for a header that names what this session does not have.

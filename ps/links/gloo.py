@@ -13,7 +13,7 @@ from protos import pair
 from protos import zero_ps_pb2 as pb
 from protos.pair import Pair
 from ps.errors import Cancelled, InvalidRequest, Timeout
-from ps.links.base import Block, Link, LinkKind, LinkRefused
+from ps.links.base import Block, Claim, Link, LinkKind, LinkRefused
 from ps.links.grpc import messages
 
 _DEPTH = 3
@@ -63,19 +63,20 @@ class GlooLink(Link):
         self._leaving.append((self._group().send(tensor, self._tag), tensor))
         return pb.Parcel(tag=self._tag, size=len(data))
 
-    def received(self, header: pb.PushHeader) -> Iterator[memoryview]:
+    def received(self, header: pb.PushHeader, claim: Claim) -> Iterator[memoryview | int]:
         if any(not 0 < parcel.size <= pair.PARCEL_BYTES for parcel in header.parcels):
             raise InvalidRequest(f"parcels have 1 to {pair.PARCEL_BYTES} bytes")
         waiting = deque(header.parcels)
-        coming: deque[tuple[dist.Work, torch.Tensor]] = deque()
+        coming: deque[tuple[dist.Work, torch.Tensor, bool]] = deque()
         while waiting or coming:
             while waiting and len(coming) < _DEPTH:
                 parcel = waiting.popleft()
-                target = torch.empty(parcel.size, dtype=torch.uint8)
-                coming.append((self._group().receive(target, parcel.tag), target))
-            work, target = coming.popleft()
+                place = claim(parcel.size)
+                target = torch.empty(parcel.size, dtype=torch.uint8) if place is None else place
+                coming.append((self._group().receive(target, parcel.tag), target, place is not None))
+            work, target, in_place = coming.popleft()
             _wait(work)
-            yield target.numpy().data
+            yield target.numel() if in_place else target.numpy().data
 
     def _group(self) -> Pair:
         if self._pair is None:

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator
 
 from protos import MESSAGE_BYTES, frames
 from protos import zero_ps_pb2 as pb
-from ps.links.base import Block, Link, LinkKind
+from ps.links.base import Block, Claim, Link, LinkKind
 
 _SMALL_BYTES = 64 << 10
 """What is smaller is copied twice, so as to share a message; a message costs more than that."""
@@ -18,7 +18,7 @@ class GrpcLink(Link):
     def answer(self, request_id: int, blocks: Iterable[Block | None]) -> Iterator[tuple[bytes | pb.PullResponse, int]]:
         return messages(request_id, blocks)
 
-    def received(self, header: pb.PushHeader) -> Iterator[memoryview]:
+    def received(self, header: pb.PushHeader, claim: Claim) -> Iterator[memoryview | int]:
         return iter(())
 
 

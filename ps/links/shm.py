@@ -15,7 +15,7 @@ from protos import rendezvous
 from protos import zero_ps_pb2 as pb
 from protos.segment import Arena, Segment
 from ps.errors import Cancelled, InvalidRequest
-from ps.links.base import Block, Link, LinkKind, LinkRefused
+from ps.links.base import Block, Claim, Link, LinkKind, LinkRefused
 from ps.links.grpc import messages
 from ps.rarely import Rarely
 from ps.tier import Lent
@@ -110,7 +110,7 @@ class ShmLink(Link):
                 self._lent.popleft().give_back()
                 self._read += 1
 
-    def received(self, header: pb.PushHeader) -> Iterator[memoryview]:
+    def received(self, header: pb.PushHeader, claim: Claim) -> Iterator[memoryview | int]:
         for region in header.regions:
             segment = self._segment
             if segment is None:
