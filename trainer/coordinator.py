@@ -147,6 +147,7 @@ class Coordinator:
         self._plan.iteration_ended()
         self.forecast.stepped()
         self._keep_what_comes()
+        self.residency.new_step()
 
     def forget(self) -> None:
         """The links have ended, and what is here was perhaps never a state of the job: all of it goes."""

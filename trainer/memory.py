@@ -7,28 +7,35 @@ each time costs a page fault for every 4 KiB. So blocks are mapped here and used
 
 import contextlib
 import ctypes
-import mmap
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 
 import torch
 
+from protos.pages import map_pages
+
 KEEP_BYTES = 64 << 20
-"""How much memory that is not in use waits to be used again."""
+"""So much memory that is not in use waits to be used again, and more where lately more was in use at a time."""
 
 _SMALL_BYTES = 1 << 16
 """Below this malloc does well, and a mapping of its own would waste most of a page."""
 
 
 class MemoryPool:
-    """Blocks of host memory by size, the last one returned first: it may still be in the cache."""
+    """Blocks of host memory by size, the last one returned first: it may still be in the cache.
+
+    free_bytes: what waits to be used again.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         # Longest unused first.
         self._free: OrderedDict[int, torch.UntypedStorage] = OrderedDict()
-        self._free_bytes = 0
+        self.free_bytes = 0
+        self._used_bytes = 0
+        # The most that was in use at a time: in this round and in the one before.
+        self._most_bytes = self._former_most_bytes = 0
         # Storages whose memory is lent to a parameter's: empty until it comes back.
         self._shells: list[torch.UntypedStorage] = []
 
@@ -37,15 +44,15 @@ class MemoryPool:
         if nbytes < _SMALL_BYTES:
             return torch.empty(nbytes, dtype=torch.uint8).untyped_storage()
         with self._lock:
+            self._used_bytes += nbytes
+            self._most_bytes = max(self._most_bytes, self._used_bytes)
             for key, block in reversed(self._free.items()):
                 if block.nbytes() == nbytes:
                     del self._free[key]
-                    self._free_bytes -= nbytes
+                    self.free_bytes -= nbytes
                     return block
-        mapping = mmap.mmap(-1, nbytes)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            mapping.madvise(mmap.MADV_HUGEPAGE)
-        return torch.frombuffer(mapping, dtype=torch.uint8).untyped_storage()
+        self.shrink(self._kept_bytes())
+        return map_pages(nbytes).untyped_storage()
 
     def give(self, block: torch.UntypedStorage) -> None:
         """Returns what `take` gave. No tensor may use it any more."""
@@ -54,15 +61,25 @@ class MemoryPool:
             return
         with self._lock:
             self._free[id(block)] = block
-            self._free_bytes += nbytes
-        self.shrink(KEEP_BYTES)
+            self.free_bytes += nbytes
+            # What came from elsewhere was never counted.
+            self._used_bytes = max(0, self._used_bytes - nbytes)
+        self.shrink(self._kept_bytes())
+
+    def _kept_bytes(self) -> int:
+        return max(KEEP_BYTES, max(self._most_bytes, self._former_most_bytes) - self._used_bytes)
+
+    def new_round(self) -> None:
+        """What was in use before the last round is no measure any more of what will be."""
+        with self._lock:
+            self._former_most_bytes, self._most_bytes = self._most_bytes, self._used_bytes
 
     def shrink(self, keep_bytes: int) -> None:
         """Gives back to the system what is not in use, beyond so many bytes, the longest unused first."""
         with self._lock:
-            while self._free_bytes > keep_bytes:
+            while self.free_bytes > keep_bytes:
                 _, oldest = self._free.popitem(last=False)
-                self._free_bytes -= oldest.nbytes()
+                self.free_bytes -= oldest.nbytes()
 
     def fill(self, storage: torch.UntypedStorage, nbytes: int) -> None:
         """Gives an empty storage memory; on another device than the CPU that device's own."""

@@ -245,6 +245,7 @@ class OffloadedModel:
     def release(self) -> None:
         self.coordinator.sweep()
         self.coordinator.discard_all()
+        self.memory.shrink(0)
 
     def forget(self) -> None:
         """The sessions have ended: nothing that is here or on its way counts any more, nor what servers were told."""

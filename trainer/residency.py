@@ -95,6 +95,10 @@ class Residency:
         self._furthest = [self._entry(state) for state in self._resident if not state.persistent]
         heapq.heapify(self._furthest)
 
+    def new_step(self) -> None:
+        """How much memory waits to be used again goes by what steps take."""
+        self._memory.new_round()
+
     def _entry(self, state: OffloadedParameter) -> "_Entry":
         place = self._forecast.next_use(state)
         return (-math.inf if place is None else -place, next(self._tie), state)

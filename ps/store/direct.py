@@ -6,12 +6,13 @@ the cache, 0.4 to 0.8 of the speed of direct reads, at five times their processo
 """
 
 import errno
-import mmap
 import os
 import threading
 from collections.abc import Callable
 
 import torch
+
+from protos.pages import map_pages
 
 PAGE = 4096
 """What direct I/O asks addresses and lengths to be multiples of."""
@@ -33,7 +34,7 @@ class Scratch(threading.local):
         """A 1-d uint8 tensor of `size` rounded up to whole pages, with anything in it; until the next call."""
         size = page_aligned(size)
         if self._memory is None or len(self._memory) < size:
-            self._memory = torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8)
+            self._memory = map_pages(size)
         return self._memory[:size]
 
 

@@ -1,10 +1,8 @@
 """Memory that the disk can read into: whole pages, mapped for themselves, so that what is freed is gone."""
 
-import mmap
-
 import torch
 
-_HUGE = 2 << 20
+from protos.pages import map_pages
 
 
 class Buffer:
@@ -16,11 +14,7 @@ class Buffer:
 
     def __init__(self, size: int) -> None:
         self.size = size
-        mapped = mmap.mmap(-1, size)
-        if size >= _HUGE:
-            # A fault for every 4 KiB would take longer than the disk takes to fill them.
-            mapped.madvise(mmap.MADV_HUGEPAGE)
-        self.data = torch.frombuffer(mapped, dtype=torch.uint8)
+        self.data = map_pages(size)
 
     def view(self, shape: tuple[int, ...], dtype: torch.dtype, nbytes: int) -> torch.Tensor:
         """The first `nbytes` bytes as a tensor."""
