@@ -69,15 +69,19 @@ load: install ## 32 sessions against one server for a minute (ARGS='--sessions 6
 garbage: install ## send servers thousands of messages that no trainer would (ARGS='--cases 20000 --seed 1')
 	$(BIN)/python -m tests.garbage $(ARGS)
 
-bench: install ## the benchmarks
+bench: install ## the benchmarks, and pictures of them, in runs/bench (ARGS='--quick --only step,links')
 	$(BIN)/python -m benchmarks $(ARGS)
 
 # DeepSpeed has an environment of its own, so that nothing of it can get into ours. What it compiles when it is first
 # used is compiled here, since one that is interrupted there hangs the next.
 define BUILD_OPERATORS
-from deepspeed.ops.op_builder import CPUAdamBuilder, AsyncIOBuilder
-CPUAdamBuilder().load()
-AsyncIOBuilder().load()
+from deepspeed.ops.op_builder.cpu import AsyncIOBuilder, CPUAdamBuilder, PinMemoryBuilder, ShareMemCommBuilder
+for builder in (CPUAdamBuilder, ShareMemCommBuilder, PinMemoryBuilder, AsyncIOBuilder):
+    print("compiling", builder.NAME, flush=True)
+    try:
+        builder().load(verbose=False)
+    except Exception as error:
+        print("left out:", builder.NAME, "cannot be compiled:", error)
 endef
 export BUILD_OPERATORS
 
@@ -88,7 +92,9 @@ bench-peers: install ## install DeepSpeed, to compare with, into .venv-peers
 		$(PEERS)/bin/python -m pip install --quiet --no-input --constraint constraints.txt setuptools ninja --editable .
 	@DS_BUILD_OPS=0 PIP_ROOT_USER_ACTION=ignore PIP_DISABLE_PIP_VERSION_CHECK=1 \
 		$(PEERS)/bin/python -m pip install --quiet --no-input --constraint constraints.txt --no-build-isolation deepspeed==0.19.8
-	@DS_ACCELERATOR=cpu TORCH_EXTENSIONS_DIR=$(abspath $(PEERS))/torch_extensions $(PEERS)/bin/python -c "$$BUILD_OPERATORS"
+	@rm -f $(PEERS)/torch_extensions/*/lock
+	@PATH=$(abspath $(PEERS))/bin:$$PATH DS_ACCELERATOR=cpu TORCH_EXTENSIONS_DIR=$(abspath $(PEERS))/torch_extensions \
+		$(PEERS)/bin/python -c "$$BUILD_OPERATORS"
 	@echo "ready: make bench, or $(BIN)/python -m benchmarks.step"
 
 clean: ## delete .venv, generated code and caches; the stores under runs/ stay

@@ -49,7 +49,7 @@ def run(quick: bool) -> list[report.Row]:
         rows += _one_server("grpc", stream, count, rounds)
     for servers in (1, 2, 4):
         for kind in ("shm", "gloo", "grpc"):
-            rows.append(_aggregate(kind, servers, count, rounds))
+            rows.append(aggregate(kind, servers, count, rounds))
     return rows
 
 
@@ -119,7 +119,8 @@ def _one_server(kind: str, bare: BareStream | BarePair | None, count: int, round
     return rows
 
 
-def _aggregate(kind: str, servers: int, count: int, rounds: int) -> report.Row:
+def aggregate(kind: str, servers: int, count: int, rounds: int) -> report.Row:
+    """Pulls of `count` parameters from so many servers."""
     with LocalCluster(servers=servers) as cluster, _Parameters(cluster, kind, count) as parameters:
         side = Side(count * _NBYTES, [], parameters.pull)
         for _ in range(rounds):

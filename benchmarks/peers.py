@@ -32,4 +32,18 @@ def python_with(package: str) -> str | None:
 
 def deepspeed_environment(python: str) -> dict[str, str]:
     """What DeepSpeed has to find in its environment to run on a CPU."""
-    return {"DS_ACCELERATOR": "cpu", "TORCH_EXTENSIONS_DIR": str(Path(python).parent.parent / EXTENSIONS)}
+    folder = Path(python).parent
+    return {
+        "DS_ACCELERATOR": "cpu",
+        "TORCH_EXTENSIONS_DIR": str(folder.parent / EXTENSIONS),
+        # It looks there for ninja, also for what is compiled already.
+        "PATH": f"{folder}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
+    }
+
+
+def not_compiled(python: str, operator: str) -> str | None:
+    """Why DeepSpeed could not use an operator at once, such as `cpu_adam`; None if it can."""
+    folder = Path(python).parent.parent / EXTENSIONS / operator
+    if (folder / "lock").exists():
+        return f"compiling it was interrupted, and DeepSpeed would wait for {folder / 'lock'} to go"
+    return None if (folder / f"{operator}.so").exists() else f"{operator} is not compiled"

@@ -1,12 +1,15 @@
 """What measurements have in common: their rows, the table on screen, the JSON on disk, the flags."""
 
 import argparse
+import datetime
 import json
 import os
 import platform
-from collections.abc import Callable, Sequence
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -49,7 +52,7 @@ class Row:
     def as_json(self) -> dict[str, object]:
         return {
             "name": self.name,
-            **self.case,
+            "case": self.case,
             "value": self.value,
             "unit": self.unit,
             "against": self.against,
@@ -57,6 +60,15 @@ class Row:
             "bar": self.bar,
             "holds": self.holds,
         }
+
+    @staticmethod
+    def from_json(fields: Mapping[str, Any]) -> "Row":
+        """The row that `as_json` has given. Raises KeyError or ValueError for what is none."""
+        found: dict[str, Any] = {key: fields[key] for key in ("name", "value", "unit", "against", "ratio", "case")}
+        if fields["bar"] is not None:
+            sign, number = fields["bar"].split()
+            found[{"<=": "at_most", ">=": "at_least"}[sign]] = float(number)
+        return Row(**found)
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -81,14 +93,40 @@ def table(rows: Sequence[Row]) -> str:
     )
 
 
-def machine() -> dict[str, str | int]:
-    """What the figures were measured on."""
+def machine() -> dict[str, str | int | float]:
+    """What the figures were measured on, of what, when, and how busy it was at the end of it."""
     return {
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "commit": _commit(),
+        "load": round(os.getloadavg()[0], 1),
         "cores": len(os.sched_getaffinity(0)),
         "architecture": platform.machine(),
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
+
+
+def _commit() -> str:
+    """With a `+` where files differ from it; empty outside of a repository."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--exclude=*", "--dirty=+"]
+    try:
+        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=30).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a measurement has written: see `machine`, and its rows."""
+
+    machine: Mapping[str, str | int | float]
+    rows: Sequence[Row]
+
+
+def read(path: Path) -> Measured:
+    """What `--json` wrote. Raises OSError, and ValueError or KeyError for another file."""
+    content = json.loads(path.read_text())
+    return Measured(content["machine"], [Row.from_json(fields) for fields in content["rows"]])
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
@@ -108,6 +146,7 @@ def conclude(rows: Sequence[Row], arguments: argparse.Namespace, *, shown: bool 
         print(table(rows))
     if arguments.json is not None:
         content = {"machine": machine(), "rows": [row.as_json() for row in rows]}
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(content, indent=2) + "\n")
     return 1 if any(row.holds is False for row in rows) else 0
 

@@ -100,10 +100,10 @@ def sampled(pids: Sequence[int]) -> Iterator[Samples]:
             raise RuntimeError(f"perf record took no samples: {said.decode(errors='replace').strip()}")
         script = ["perf", "script", "-i", str(data), "-F", "pid,tid,ip,sym,dso"]
         lines = subprocess.run(script, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True).stdout
-        samples.found = _counted(lines)
+        samples.found = counted(lines)
 
 
-def _counted(lines: str) -> dict[int, Counter[str]]:
+def counted(lines: str) -> dict[int, Counter[str]]:
     found: dict[int, Counter[str]] = {}
     for line in lines.splitlines():
         if match := _LINE.match(line):

@@ -3,7 +3,7 @@
 The cost: the GPT of `zero-ps demo` at half its width, on Python's own sources, with servers that put every
 update off as long as `max_staleness=k` permits, so that each step computes with weights that lack exactly the
 last k updates. Real servers are at most that late. The loss at the end is of text that training does not see,
-with the weights after all updates. `python -m benchmarks.staleness --plot OUT.png` draws the losses.
+with the weights after all updates. `benchmarks.plots` draws the losses of training.
 
 What it brings: step time where state is on disk and updates take longer than what of them a forward and a
 backward hide, with k = 0 and 1, which take turns.
@@ -15,7 +15,6 @@ import sys
 import tempfile
 import time
 from contextlib import ExitStack
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -33,7 +32,7 @@ MODEL = GPTConfig(layers=4, width=256, heads=8, context=64)
 BATCH, RATE, WARMUP = 8, 5e-4, 10
 HELD_OUT_BATCHES = 16
 SMOOTHED = 10
-"""Steps over which the picture takes means."""
+"""Steps that a row of the loss while training is the mean of."""
 
 _STEPS_A_TURN = 8
 
@@ -44,7 +43,7 @@ Losses = dict[int, tuple[list[float], float]]
 def run(quick: bool) -> list[report.Row]:
     torch.set_num_threads(1)
     return converged(losses(20 if quick else 120, STALENESS[:2] if quick else STALENESS)) + gained(
-        layers=8 if quick else 24, steps=3 if quick else 12
+        layers=6 if quick else 24, steps=2 if quick else 12
     )
 
 
@@ -97,30 +96,16 @@ def _rate(step: int, steps: int) -> float:
 
 def converged(found: Losses) -> list[report.Row]:
     rows = []
+    for k, (each, _) in found.items():
+        for end in range(SMOOTHED, len(each) + 1, SMOOTHED):
+            loss = statistics.mean(each[end - SMOOTHED : end])
+            rows.append(report.Row("training loss", loss, "nats/byte", case={"max_staleness": k, "step": end}))
     for k, (each, last) in found.items():
         ratio = None if k == 0 or 0 not in found else last / found[0][1]
         against = None if ratio is None else "max_staleness 0"
         case: dict[str, str | int | float] = {"max_staleness": k, "steps": len(each)}
         rows.append(report.Row("loss at the end", last, "nats/byte", against, ratio, case=case))
     return rows
-
-
-def draw(found: Losses, out: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 4), layout="constrained")
-    for (k, (each, last)), colour in zip(found.items(), ("#1b4f72", "#2e86c1", "#e0a030", "#c0392b"), strict=False):
-        smooth = [statistics.mean(each[max(0, end - SMOOTHED) : end]) for end in range(1, len(each) + 1)]
-        axes.plot(range(1, len(each) + 1), smooth, color=colour, label=f"max_staleness={k}: {last:.3f} at the end")
-    axes.set_xlabel("step")
-    axes.set_ylabel(f"training loss, nats per byte, mean of {SMOOTHED} steps")
-    axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=110)
 
 
 def gained(layers: int, steps: int) -> list[report.Row]:
@@ -165,10 +150,4 @@ def gained(layers: int, steps: int) -> list[report.Row]:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--plot"]:
-        torch.set_num_threads(1)
-        measured = losses(120)
-        print(report.table(converged(measured)))
-        draw(measured, Path(sys.argv[2]))
-        sys.exit(0)
     sys.exit(report.main(__doc__, run))

@@ -18,7 +18,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 
 from benchmarks import report
-from benchmarks.peers import deepspeed_environment, python_with
+from benchmarks.peers import deepspeed_environment, not_compiled, python_with
 from benchmarks.sides.process import Block, Ranks, SideError
 from benchmarks.workload import Workload
 from ps import LocalCluster
@@ -26,9 +26,6 @@ from ps import LocalCluster
 THREADS = 2
 WARM_UP = 2
 """Steps of a block that do not count: the first one guesses what comes, the second one learns how long it takes."""
-
-_LEAST_MEMORY = 8 << 20
-"""What servers need at least for the small model's largest chunk."""
 
 PLAIN = "plain"
 PEERS = ("deepspeed-cpu", "deepspeed-nvme", "fsdp2")
@@ -106,7 +103,7 @@ class Figures:
         self.moved = {key: value / steps for key, value in block.moved.items()}
 
 
-QUICK = Plan((PLAIN, "fsdp2"), trainers=(1,), blocks=1, steps=3, small=True)
+QUICK = Plan((PLAIN, "deepspeed-cpu", "fsdp2"), trainers=(1,), blocks=1, steps=3, small=True)
 
 
 def run(quick: bool) -> list[report.Row]:
@@ -177,6 +174,9 @@ def _deepspeed(name: str, work: Workload) -> Iterator[Ranks]:
     python = python_with("deepspeed")
     if python is None:
         raise SideError(f"{name}: DeepSpeed is not installed; `make bench-peers` does that")
+    for operator in ("cpu_adam", *(["async_io"] if name == "deepspeed-nvme" else [])):
+        if (why := not_compiled(python, operator)) is not None:
+            raise SideError(f"{name}: DeepSpeed's {operator}: {why}; `make bench-peers` compiles it")
     with tempfile.TemporaryDirectory(prefix="zero-ps-deepspeed-") as folder:
         device = name.removeprefix("deepspeed-")
         work = work.with_options(device=device, folder=folder)
@@ -186,8 +186,8 @@ def _deepspeed(name: str, work: Workload) -> Iterator[Ranks]:
 
 @contextmanager
 def _offloaded(name: str, variant: Variant, work: Workload) -> Iterator[Ranks]:
-    shard_bytes = 12 * work.parameters // variant.servers
-    memory = None if variant.memory_share is None else max(_LEAST_MEMORY, int(variant.memory_share * shard_bytes))
+    share = variant.memory_share
+    memory = None if share is None else work.memory_limit(share, variant.servers)
     with LocalCluster(variant.servers, links=variant.links, memory=memory) as cluster:
         options = {"servers": ",".join(cluster.addresses)}
         if variant.max_live_bytes is not None:

@@ -10,6 +10,9 @@ from trainer.app.gpt import GPT, GPTConfig
 
 LEARNING_RATE = 3e-5
 
+STATE_BYTES = 12
+"""Of each parameter on a server: an fp32 master and AdamW's two moments."""
+
 
 @dataclass(frozen=True)
 class Workload:
@@ -45,6 +48,12 @@ class Workload:
     def parameters(self) -> int:
         with torch.device("meta"):
             return sum(parameter.numel() for parameter in self.model().parameters())
+
+    def memory_limit(self, share: float, servers: int) -> int:
+        """Bytes for each server: that share of its part of weights and optimizer state, and at least what an update of
+        the largest chunk needs."""
+        chunk = min(4 * self.width * self.width * 4, 8 << 20)
+        return max(10 * chunk, int(share * STATE_BYTES * self.parameters / servers))
 
     def encode(self) -> str:
         return json.dumps(asdict(self))

@@ -17,8 +17,18 @@ SERVER_SECONDS_PER_GB: Mapping[str, tuple[float, float]] = {
 MEASURED_RATE: Mapping[str, float] = {"shm": 4.8e9, "gloo": 1.9e9, "grpc": 1.2e9}
 """Bytes in a second that servers have been seen to send, by link, where trainers and servers shared two cores."""
 
+TRAINER_SECONDS_PER_GB: Mapping[str, tuple[float, float]] = {
+    "shm": (0.24, 0.20),
+    "gloo": (0.36, 0.34),
+    "grpc": (0.81, 0.74),
+}
+"""Processor seconds of a trainer, in the same way."""
+
 UPDATES_PER_CORE = 0.7e9
 """Parameters that one core takes through AdamW in a second."""
+
+CONVERSIONS_PER_CORE = 0.8e9
+"""Parameters whose gradient one core widens from 16 bits, and whose copy in 16 bits it makes, in a second."""
 
 STATE_BYTES = 12
 """Of a trained parameter under AdamW with fp32 masters: weight and two moments."""
@@ -38,8 +48,12 @@ class Cluster:
     """Rates are bytes in a second, memory is bytes; `servers` and `hosts` each have all that is stated for one.
 
     servers: storage hosts, one server each. hosts: compute hosts. trainers: in all, spread over the hosts.
+    disk_read, disk_write: each when it is all that the disks do; doing both they have to share the time.
     interconnect: between trainers, for each of them, both ways together. flops: of one trainer, as reached.
     live: of parameters, what a trainer may hold.
+    updates_per_core: parameters in a second, under AdamW.
+    one_machine: cores that all servers and trainers share, each trainer computing on its part of them; 0 where they
+        are on hosts of their own.
     """
 
     servers: int
@@ -56,6 +70,8 @@ class Cluster:
     live: float
     link: str = "gloo"
     group: bool = True
+    updates_per_core: float = UPDATES_PER_CORE
+    one_machine: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -80,12 +96,18 @@ class Demand:
 class Estimate:
     """Of one step. on_disk: the share of the state that does not fit into the servers' memory.
 
+    pulled, pushed: bytes of all trainers together. disk_read, disk_written: bytes of one server.
+
     The step takes as long as the slowest resource, if everything else is hidden behind it.
     """
 
     demands: tuple[Demand, ...]
     on_disk: float
     server_bytes: float
+    pulled: float
+    pushed: float
+    disk_read: float
+    disk_written: float
     notes: tuple[str, ...] = field(default=())
 
     @property
@@ -106,15 +128,18 @@ def estimate(model: ModelSize, tokens: int, cluster: Cluster) -> Estimate:
     pulled, pushed = copies * pulls * whole, copies * whole
     per_server = model.parameters / cluster.servers
     pull_seconds, push_seconds = SERVER_SECONDS_PER_GB[cluster.link]
-    processor = per_server / UPDATES_PER_CORE
+    processor = per_server * (1 / cluster.updates_per_core + 1 / CONVERSIONS_PER_CORE)
     processor += (pulled * pull_seconds + pushed * push_seconds) / 1e9 / cluster.servers
 
     gradients = GRADIENT_BYTES * (1 if cluster.group else cluster.trainers)
     server_bytes = per_server * (STATE_BYTES + COPY_BYTES + gradients)
     on_disk = max(0.0, 1 - cluster.server_memory / server_bytes)
-    # Every update reads and writes all state. A pull reads the copy once, whoever else asks for it soon after.
-    read = per_server * on_disk * (STATE_BYTES + COPY_BYTES * pulls)
-    written = per_server * on_disk * (STATE_BYTES + COPY_BYTES)
+    # Every update reads and writes all state, and the copy that pulls are answered from. A pull reads that once,
+    # whoever else asks for it soon after. Gradients wait there for the update, in the 16 bits that they came in.
+    waiting = COPY_BYTES * (1 if cluster.group else cluster.trainers)
+    read = per_server * on_disk * (STATE_BYTES + COPY_BYTES * pulls + waiting)
+    written = per_server * on_disk * (STATE_BYTES + COPY_BYTES + waiting)
+    disk_seconds = read / cluster.disk_read + written / cluster.disk_write
 
     demands = [
         Demand(
@@ -125,15 +150,21 @@ def estimate(model: ModelSize, tokens: int, cluster: Cluster) -> Estimate:
         Demand("network of a server, out", "servers", pulled / cluster.servers, cluster.server_network, "B"),
         Demand("network of a server, in", "servers", pushed / cluster.servers, cluster.server_network, "B"),
         Demand("processor of a server", "servers", processor, float(cluster.server_cores), "core s"),
-        Demand("disk of a server, read", "servers", read, cluster.disk_read, "B"),
-        Demand("disk of a server, written", "servers", written, cluster.disk_write, "B"),
+        # At the rate of the mix.
+        Demand("disk of a server", "servers", read + written, (read + written) / (disk_seconds or 1.0), "B"),
     ]
+    if cluster.one_machine:
+        trainers = _FLOPS * model.active * tokens / cluster.flops * cluster.one_machine / cluster.trainers
+        pull_seconds, push_seconds = TRAINER_SECONDS_PER_GB[cluster.link]
+        trainers += (pulled * pull_seconds + pushed * push_seconds) / 1e9
+        everything = trainers + processor * cluster.servers
+        demands.append(Demand("processors of the machine", "between", everything, cluster.one_machine, "core s"))
     if cluster.group and cluster.trainers > 1:
         # All-gathers bring each trainer what the others pulled; gradients go the other way, once.
         others = (cluster.trainers - 1) / cluster.trainers
         moved = others * (pulls + 1) * whole
         demands.append(Demand("between trainers", "between", moved, cluster.interconnect, "B"))
-    return Estimate(tuple(demands), on_disk, server_bytes, _notes(model, cluster))
+    return Estimate(tuple(demands), on_disk, server_bytes, pulled, pushed, read, written, _notes(model, cluster))
 
 
 def servers_needed(model: ModelSize, tokens: int, cluster: Cluster, most: int = 4096) -> int | None:

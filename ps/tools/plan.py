@@ -54,6 +54,13 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     _size(hosts, "--live", "16GiB", "of parameters, what a trainer may hold: max_live_bytes")
     parser.add_argument("--link", choices=("gloo", "grpc", "shm"), default="gloo", help="(default: %(default)s)")
     parser.add_argument("--mode", choices=("group", "direct"), default="group", help="(default: %(default)s)")
+    parser.add_argument(
+        "--one-machine",
+        type=_positive,
+        default=0,
+        metavar="CORES",
+        help="all servers and trainers share one machine of so many cores, and --flops is of a trainer's part of them",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=run)
 
@@ -87,6 +94,7 @@ def run(options: argparse.Namespace) -> int:
         live=options.live,
         link=options.link,
         group=options.mode == "group",
+        one_machine=options.one_machine,
     )
     tokens = int(options.tokens)
     found = estimate(model, tokens, cluster)
@@ -107,6 +115,8 @@ def _as_json(model: "ModelSize", found: "Estimate", needed: int | None) -> str:
         "servers_needed": needed,
         "server_bytes": round(found.server_bytes),
         "on_disk": found.on_disk,
+        "bytes_pulled": round(found.pulled),
+        "bytes_pushed": round(found.pushed),
         "resources": resources,
         "notes": list(found.notes),
     }
@@ -129,7 +139,9 @@ def _as_text(model: "ModelSize", tokens: int, cluster: "Cluster", found: "Estima
             f"{each.seconds / step:>13.0%}"
         )
     lines += ["", f"a step takes {step:.2f} s: the bottleneck is {found.bottleneck.resource}"]
-    if found.bottleneck.where != "servers":
+    if cluster.one_machine and found.bottleneck.where == "between":
+        lines.append("trainers and servers share it")
+    elif found.bottleneck.where != "servers":
         lines.append(f"servers are not: {needed} would do")
     elif needed is None:
         lines.append("no number of servers removes it")

@@ -111,15 +111,33 @@ def test_amounts_are_those_of_the_arithmetic():
     assert found["network of a server, out"] == pytest.approx((20e9 + 19e9) / 4 / 10e9)
     assert found["network of a server, in"] == pytest.approx(20e9 / 4 / 10e9)
     assert found["compute of a trainer"] == pytest.approx(6 * 1e10 * 1e6 / 8 / 1e14)
-    assert found["disk of a server, read"] == 0
+    assert found["disk of a server"] == 0
 
 
 def test_what_does_not_fit_moves_from_and_to_the_disk_in_each_step():
     # 2.5 G parameters a server, 18 bytes each; half of it fits.
     found = estimate(MODEL, 1000, replace(CLUSTER, server_memory=22.5e9))
     assert found.on_disk == pytest.approx(0.5)
-    read = next(demand for demand in found.demands if demand.resource == "disk of a server, read")
-    assert read.amount == pytest.approx(2.5e9 * 0.5 * (12 + 2 * 1.95))
+    # State, what is pulled, and a gradient; state, the copy for pulls, and a gradient.
+    assert found.disk_read == pytest.approx(2.5e9 * 0.5 * (12 + 2 * 1.95 + 2))
+    assert found.disk_written == pytest.approx(2.5e9 * 0.5 * (12 + 2 + 2))
+    disk = next(demand for demand in found.demands if demand.resource == "disk of a server")
+    assert disk.amount == pytest.approx(found.disk_read + found.disk_written)
+    assert disk.seconds == pytest.approx(found.disk_read / 4e9 + found.disk_written / 2e9)
+
+
+def test_on_one_machine_trainers_and_servers_share_its_cores():
+    apart, together = (
+        {d.resource: d for d in estimate(MODEL, 10**6, replace(CLUSTER, one_machine=cores)).demands}
+        for cores in (0, 16)
+    )
+    assert "processors of the machine" not in apart
+    compute = 6 * 1e10 * 1e6 / 1e14 * 16 / 8
+    of_servers = 4 * together["processor of a server"].amount
+    # And what the trainers' side of the links takes.
+    shared = together["processors of the machine"]
+    assert shared.amount == pytest.approx(compute + of_servers + (39 * 0.36 + 20 * 0.34))
+    assert shared.rate == 16
 
 
 def test_the_servers_that_are_needed_are_the_fewest():
@@ -132,7 +150,8 @@ def test_the_servers_that_are_needed_are_the_fewest():
 
 
 def test_the_command_names_the_bottleneck_and_what_removes_it(capsys):
-    assert main(["plan", "--parameters", "70B", "--tokens", "100k", "--servers", "2", "--server-memory", "2TB"]) == 0
+    servers = ["--servers", "2", "--server-memory", "2TB", "--server-cores", "64"]
+    assert main(["plan", "--parameters", "70B", "--tokens", "100k", *servers]) == 0
     text = capsys.readouterr().out
     assert "the bottleneck is network of a server, out" in text and "servers remove it" in text
     assert main(["plan", "--parameters", "70e9", "--tokens", "4M", "--json"]) == 0

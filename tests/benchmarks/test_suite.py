@@ -1,0 +1,87 @@
+"""The measurements as programs: each can be started alone, and what it writes can be read again."""
+
+import ast
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import report, tables
+from benchmarks.__main__ import MODULES
+from benchmarks.report import Row
+
+ROOT = Path(__file__).parents[2]
+
+ROWS = [
+    Row("step", 2.0, "s", "plain", 1.0, case={"case": "compute", "trainers": 1, "side": "plain"}),
+    Row(
+        "step", 2.2, "s", "plain", 1.1, at_most=1.15, case={"case": "compute", "trainers": 1, "side": "zero-ps, memory"}
+    ),
+    Row("pull", 4.0, "GB/s", "memcpy", 0.5, at_least=0.6, case={"link": "shm"}),
+    Row("load of the machine", 0.25, "processes"),
+]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_measurement_is_a_program_with_the_same_flags(name: str) -> None:
+    module = importlib.import_module(f"benchmarks.{name}")
+    assert module.__doc__ and callable(module.run)
+    # A parser of its own would not have the flags.
+    tree = ast.parse(Path(str(module.__file__)).read_text())
+    used = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+    assert used & {"report.main", "report.parser"}
+
+
+def test_flags_of_a_measurement(tmp_path: Path) -> None:
+    arguments = report.parser("about").parse_args(["--quick", "--json", str(tmp_path / "a.json")])
+    assert arguments.quick and arguments.json == tmp_path / "a.json"
+
+
+def test_rows_are_the_same_after_they_were_written_and_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "new" / "rows.json"
+    arguments = report.parser(None).parse_args(["--json", str(path)])
+    # One bar does not hold.
+    assert report.conclude(ROWS, arguments) == 1
+    measured = report.read(path)
+    assert list(measured.rows) == ROWS
+    assert [row.holds for row in measured.rows] == [None, True, False, None]
+    assert {"date", "commit", "cores", "torch"} <= measured.machine.keys()
+    fields = {"name", "value", "unit", "against", "ratio", "bar", "holds", "case"}
+    assert all(row.keys() == fields for row in json.loads(path.read_text())["rows"])
+    assert "NO" in capsys.readouterr().out
+
+
+def test_tables_take_their_places_in_a_page_and_leave_the_rest(tmp_path: Path) -> None:
+    written = {"machine": report.machine(), "rows": [row.as_json() for row in ROWS]}
+    (tmp_path / "step.json").write_text(json.dumps(written))
+    end = "<!-- end of results -->\n"
+    page = f"a\n<!-- results: step -->\nreplaced\n{end}b\n<!-- results: scale -->\nkept\n{end}"
+    found = tables.put(page, tables.rendered(tmp_path))
+    assert "replaced" not in found and "kept" in found and found.startswith("a\n<!-- results: step -->\n`python -m")
+    assert "| zero-ps, memory | 2.20 s = 1.10 (1.10 of plain's, bar 1.15: holds) |" in found
+    # Once more changes nothing.
+    assert tables.put(found, tables.rendered(tmp_path)) == found
+    with pytest.raises(KeyError, match="no table is called 'none'"):
+        tables.put(page.replace("results: scale", "results: none"), {})
+
+
+def test_the_pages_have_places_for_tables_that_exist() -> None:
+    for page in ("README.md", "docs/performance.md", "docs/planning.md"):
+        text = (ROOT / page).read_text()
+        assert "<!-- results: " in text
+        assert tables.put(text, {}) == text
+
+
+def test_a_quick_measurement_from_its_command_line(tmp_path: Path) -> None:
+    path = tmp_path / "hooks.json"
+    finished = subprocess.run(
+        [sys.executable, "-m", "benchmarks.hooks", "--quick", "--json", str(path)],
+        cwd=ROOT, capture_output=True, text=True, timeout=110, check=False,
+    )  # fmt: skip
+    assert finished.returncode in (0, 1), finished.stderr
+    rows = report.read(path).rows
+    assert rows and all(row.value > 0 for row in rows if row.name == "module call")
+    assert "module call" in finished.stdout
