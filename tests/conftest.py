@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from ps import LocalCluster
+from tests import forks
 
 _jobs = itertools.count()
 
@@ -15,6 +16,14 @@ _jobs = itertools.count()
 def _threads() -> None:
     # Servers and trainers of one test share two cores.
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _forked_servers() -> Iterator[None]:
+    """Servers are started as they always are, but for the imports."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ps.cluster.subprocess", forks)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 import importlib
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -11,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from tests import forks
 
 _ROOT = Path(__file__).parent.parent
 
@@ -20,7 +21,7 @@ def run_ranks(
 ) -> list[Any]:
     """What `function` ("module:name" below tests) returned on each rank.
 
-    It is called with the addresses and the arguments (JSON) in a fresh process for each rank, with RANK
+    It is called with the addresses and the arguments (JSON) in a process for each rank, with RANK
     and WORLD_SIZE set as torchrun does. What it returns may hold tensors. A rank that fails makes this
     raise AssertionError with its output.
     """
@@ -37,7 +38,7 @@ def run_ranks(
 
 def start_rank(
     function: str, addresses: Sequence[str], rank: int, world_size: int, result: Path, **arguments: Any
-) -> "subprocess.Popen[str]":
+) -> forks.Process:
     """One of the processes of `run_ranks`, started."""
     environment = {
         **os.environ,
@@ -47,12 +48,12 @@ def start_rank(
         "PYTHONPATH": str(_ROOT),
     }
     call = json.dumps({"addresses": list(addresses), **arguments})
-    return subprocess.Popen(
+    return forks.Popen(
         [sys.executable, "-m", "tests.ranks", function, call, str(result)],
         env=environment,
         cwd=_ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
+        stdout=forks.PIPE,
+        stderr=forks.STDOUT,
         text=True,
     )
 

@@ -30,6 +30,14 @@ ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "GRP
 ENVIRONMENT["PYTHONPATH"] = str(ROOT)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _not_forked() -> Iterator[None]:
+    """The processes that users get."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ps.cluster.subprocess", subprocess)
+        yield
+
+
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[LocalCluster]:
     with LocalCluster(1) as cluster:
