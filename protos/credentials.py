@@ -157,8 +157,14 @@ def is_loopback(host: str) -> bool:
 
 
 def _check_token(token: str, what: str) -> None:
-    if not _TOKEN.fullmatch(token):
-        raise ValueError(f"{what} is no token: it has to be 1 to 4096 visible ASCII characters in one line")
+    if _TOKEN.fullmatch(token):
+        return
+    if _TOKEN.fullmatch(token.strip()):
+        raise ValueError(
+            f"{what} has white space around it, as what was read from a file has: give token.strip(), or the file's "
+            "name as token_file"
+        )
+    raise ValueError(f"{what} is no token: it has to be 1 to 4096 visible ASCII characters in one line")
 
 
 def _no_password() -> str:

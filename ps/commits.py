@@ -171,7 +171,10 @@ def _run(job: Job, request: CommitRequest, running: RunningCommit, write: Callab
         job.commits.finish(running, Conflict("the server is stopping"))
         raise
     job.commits.finish(running, written)
-    _log.info("job %r: committed %s, %d bytes", job.name, written.key, written.bytes_written)
+    if written.key == request.key:
+        _log.info("job %r: committed %s, %d bytes", job.name, written.key, written.bytes_written)
+    else:
+        _log.info("job %r: nothing to commit: the state in memory is that of %s", job.name, written.key)
     return written
 
 

@@ -1,16 +1,18 @@
 """`python -m trainer`: the training application, which `zero-ps train` runs too."""
 
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
 import trainer
 from trainer.app.flags import parse
-from trainer.app.loop import TrainingFailed, train
+from trainer.app.loop import StoppedAtOnce, TrainingFailed, train
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status 0 when done, 1 when training began and failed, 2 when it could not begin, 130 after Ctrl-C."""
+    """Exit status 0 when done, 1 when training began and failed, 2 when it could not begin; after a signal 128 and its
+    number."""
     settings = parse(arguments)
     try:
         return train(settings)
@@ -18,8 +20,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(error, 1)
     except (trainer.ZeroPsError, ValueError, OSError) as error:
         return _fail(error, 2)
-    except KeyboardInterrupt:
-        return _fail("interrupted at once; what the last commit has is safe", 130)
+    except KeyboardInterrupt as error:
+        number = error.number if isinstance(error, StoppedAtOnce) else signal.SIGINT
+        return _fail("interrupted at once; what the last commit has is safe", 128 + number)
 
 
 def _fail(error: object, status: int) -> int:

@@ -37,6 +37,14 @@ class AccessDenied(RequestRefused):
     """A server does not know this trainer's token, or the token has not the right that was needed."""
 
 
+class TokenUnknown(AccessDenied):
+    """A server does not know this trainer's token, or not any more: whoever runs it may put it back."""
+
+
+class VersionGone(RequestRefused):
+    """A server has gone on from the step that was asked for, as happens to readers of a job in training."""
+
+
 class ServerFull(RequestRefused):
     """A server has not the memory, or not the places for jobs, sessions and calls, that a request takes."""
 

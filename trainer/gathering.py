@@ -47,6 +47,11 @@ def gathered(
     groups = [(model, [state for state in states if state.model is model]) for model in models]
     for model, group in groups:
         if modify:
+            if model.job.read_only:
+                raise ConfigError(
+                    f"job {model.job.name!r} was opened with read_only=True, and gathered(modify=True) changes it; "
+                    "connect without read_only, or leave modify=True away to look at the parameters"
+                )
             model.announcement.check_none("gathered(modify=True)")
             model.job.barrier("entering gathered(modify=True)")
         model.coordinator.fetch(group, "trainer.gathered", private=not modify, exact=True)

@@ -18,7 +18,9 @@ from trainer.errors import (
     ServerLost,
     SessionLost,
     StepHalfDone,
+    TokenUnknown,
     TrainerLost,
+    VersionGone,
     ZeroPsError,
 )
 from trainer.resume import resume
@@ -26,11 +28,12 @@ from trainer.resume import resume
 if TYPE_CHECKING:
     from trainer.job import Job
 
-_MENDABLE = (ConnectError, TrainerLost, SessionLost, StepHalfDone, DeadlineExceeded)
+_MENDABLE = (ConnectError, TrainerLost, SessionLost, StepHalfDone, DeadlineExceeded, TokenUnknown)
 """What joining anew may mend. A server's failure (its disk, an update) would only come again."""
 
 _TRANSIENT = (ServerLost, TrainerLost, SessionLost)
-"""What may happen while joining, and be otherwise the next time."""
+"""What may happen while joining, and be otherwise the next time. Once a trainer was connected its token is waited for,
+too: it was good, and is exchanged, or will be put back."""
 
 _IN_VAIN = 20
 """How often in a row a step may fail and be recovered without one being completed."""
@@ -69,11 +72,12 @@ def _join(job: "Job", timeout: float, *, at_boundary: bool = False) -> None:
     """Connects and resumes, over and over until it succeeds or the time is up."""
     end = time.monotonic() + timeout
     delay = _FIRST_DELAY_SECONDS
+    transient = (*_TRANSIENT, TokenUnknown) if hasattr(job, "connection") else _TRANSIENT
     while True:
         try:
             _join_once(job, max(0.1, end - time.monotonic()), at_boundary=at_boundary)
             return
-        except _TRANSIENT as error:
+        except transient as error:
             # With jitter: trainers that failed together are not to come together, over and over.
             pause = delay * random.uniform(0.5, 1.5)
             if time.monotonic() + pause >= end:
@@ -99,7 +103,7 @@ def _join_once(job: "Job", timeout: float, *, at_boundary: bool) -> None:
                     "trained is lost; start the trainers again to begin anew"
                 )
             job.model.reopen()
-    except _TRANSIENT as error:
+    except (*_TRANSIENT, TokenUnknown) as error:
         connection.abandon(f"it could not join: {error}")
         raise
     except BaseException:
@@ -124,8 +128,10 @@ def recovering(
         expected = job.step + 1
         job.buffers_before.keep(job)
         yield
-    except _MENDABLE as error:
+    except (*_MENDABLE, VersionGone) as error:
         job.check_open()
+        if isinstance(error, VersionGone) and not job.read_only:
+            raise
         if job.step > job.recovered_at:
             job.failures = 0
         if (job.model is not None and job.model.group is not None) or job.failures >= _IN_VAIN:

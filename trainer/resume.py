@@ -23,7 +23,10 @@ def resume(job: "Job", timeout: float) -> None:
     resumed: dict[str, Any] = {}
     if job.rank == 0 or job.read_only:
         try:
-            resumed = _bring_to_one_state(job.servers, job.connection.states, job.name, timeout)
+            if job.read_only and _in_training(job.servers, job.connection.states, job.name):
+                resumed = _newest(job.connection.states)
+            else:
+                resumed = _bring_to_one_state(job.servers, job.connection.states, job.name, timeout)
         except NoCommonState as error:
             if job.read_only or job.world_size == 1:
                 raise
@@ -39,6 +42,28 @@ def resume(job: "Job", timeout: float) -> None:
     job.restored = resumed["restored"]
 
 
+def _in_training(servers: Sequence[Server], states: Sequence[pb.OpenSessionResponse], job: str) -> bool:
+    """Whether trainers are at work on what all servers have in memory, so that steps can differ only as long as one
+    is being made."""
+    return (
+        all(job in server.in_training for server in servers)
+        and all(state.step >= 0 for state in states)
+        and len({state.restore_id for state in states}) == 1
+    )
+
+
+def _newest(states: Sequence[pb.OpenSessionResponse]) -> dict[str, Any]:
+    """For a reader, which changes nothing: servers that have not made the last step yet are about to."""
+    newest = max(states, key=lambda state: state.step)
+    return _state(newest.step, newest.metadata, _newest_commit(states, newest.step))
+
+
+def _newest_commit(states: Sequence[pb.OpenSessionResponse], step: int) -> tuple[int, str] | None:
+    """That every server has, and that is not of a later step."""
+    older = [commit for commit in _common_commits(states) if commit[0] <= step]
+    return older[-1] if older else None
+
+
 def _bring_to_one_state(
     servers: Sequence[Server], states: Sequence[pb.OpenSessionResponse], job: str, timeout: float
 ) -> dict[str, Any]:
@@ -48,8 +73,7 @@ def _bring_to_one_state(
     # Memory at one step may still be of different runs, where a restore reached some servers only.
     if len(steps) == 1 and -1 not in steps and len({state.restore_id for state in states}) == 1:
         step, metadata = states[0].step, states[0].metadata
-        older = [commit for commit in common if commit[0] <= step]
-        return _state(step, metadata, older[-1] if older else None)
+        return _state(step, metadata, _newest_commit(states, step))
     if steps == {-1} and not any(state.committed for state in states):
         return _state(0, "", None, exists=False)
     newest = common[-1][0] if common else -1

@@ -12,7 +12,9 @@ from trainer.errors import (
     ServerFull,
     ServerLost,
     SessionLost,
+    TokenUnknown,
     TrainerLost,
+    VersionGone,
     ZeroPsError,
 )
 
@@ -50,7 +52,14 @@ def from_stream_error(address: str, code: grpc.StatusCode | int, message: str) -
             return ServerFull(text)
         case grpc.StatusCode.DATA_LOSS | grpc.StatusCode.INTERNAL | grpc.StatusCode.UNKNOWN:
             return ServerFailure(text)
-        case grpc.StatusCode.UNAUTHENTICATED | grpc.StatusCode.PERMISSION_DENIED:
+        case grpc.StatusCode.OUT_OF_RANGE:
+            return VersionGone(f"{text}. A reader goes on at the newest step with job.recovering() or job.recover()")
+        case grpc.StatusCode.UNAUTHENTICATED:
+            return TokenUnknown(
+                f"{text}. A trainer that was connected before joins again with job.recovering() or job.recover() when "
+                "the server knows its token"
+            )
+        case grpc.StatusCode.PERMISSION_DENIED:
             return AccessDenied(text)
         case grpc.StatusCode.UNIMPLEMENTED:
             return ConnectError(f"{text}; is it a zero-ps server of this version?")

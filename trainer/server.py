@@ -50,6 +50,8 @@ class Server:
         self.links: Sequence[pb.ServerLink] = ()
         # By job, the newest group of trainers that the server knew of.
         self.groups: dict[str, int] = {}
+        # Jobs that had trainers.
+        self.in_training: set[str] = set()
         try:
             self._metadata = credentials.metadata(address)
             self._channel = credentials.open_channel(address, _OPTIONS)
@@ -93,6 +95,7 @@ class Server:
             )
         self.links = tuple(status.links)
         self.groups = {job.name: job.group for job in status.jobs}
+        self.in_training = {job.name for job in status.jobs if any(not each.read_only for each in job.sessions)}
         return status
 
     def stream(

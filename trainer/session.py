@@ -11,7 +11,7 @@ import grpc
 
 from protos import PROTOCOL_VERSION
 from protos import zero_ps_pb2 as pb
-from trainer.errors import DeadlineExceeded, RequestRefused, SessionLost, TrainerLost, ZeroPsError
+from trainer.errors import DeadlineExceeded, RequestRefused, SessionLost, TokenUnknown, TrainerLost, ZeroPsError
 from trainer.membership import Place, Wish
 from trainer.server import Server, call_all, finish_all
 
@@ -38,6 +38,8 @@ class Session:
         self._wish = wish
         self._place = place
         self._closed = threading.Event()
+        # When a server last took a heartbeat, on the monotonic clock.
+        self._heard: dict[Server, float] = {}
         # Until a server has said how long a lease is.
         self._lease = lease_seconds or _UNKNOWN_LEASE_SECONDS
         # One server may answer at once and another only when updates are done. The lease on the first has to last
@@ -94,14 +96,22 @@ class Session:
     def _answered(self, server: Server, beat: "grpc.Future[Any]") -> None:
         try:
             server.finish(beat)
+            self._heard[server] = time.monotonic()
+        except TokenUnknown as error:
+            # It may be back before the lease is over. After that nobody would be told that it is.
+            if time.monotonic() - self._heard.setdefault(server, time.monotonic()) > self._lease:
+                self._lost(server, error)
         except (RequestRefused, SessionLost, TrainerLost) as error:
             # The server does not know the session any more. That it did not answer, or not in time, may
             # pass; whoever waits for it finds out otherwise.
-            if not self._closed.is_set():
-                self.error = self.error or error
-                self._pass_on(server, error)
+            self._lost(server, error)
         except Exception:
             pass
+
+    def _lost(self, server: Server, error: ZeroPsError) -> None:
+        if not self._closed.is_set():
+            self.error = self.error or error
+            self._pass_on(server, error)
 
     def _pass_on(self, knows: Server, error: ZeroPsError) -> None:
         """Where one server has ended this session, its group is to end with all: this trainer, and others, may be

@@ -168,7 +168,8 @@ def test_training_goes_on_when_a_server_comes_back_and_stops_for_sigterm(job_nam
         wait_for(made + 5)
         processes[0].send_signal(signal.SIGTERM)
         said = [process.communicate(timeout=100)[0] for process in processes]
-        assert processes[0].returncode == 128 + signal.SIGTERM, said
+        # It was sent to one of them, and both say why they stopped.
+        assert [process.returncode for process in processes] == [128 + signal.SIGTERM] * 2, said
         assert re.search(r"^lost at step \d+: server ", said[0], re.MULTILINE), said[0]
         assert re.search(r"^going on at step \d+, from a commit$", said[0], re.MULTILINE), said[0]
         assert [line["step"] for line in steps_of(log)] == list(range(1, len(steps_of(log)) + 1))

@@ -83,6 +83,8 @@ def test_nothing_is_committed_twice(cluster: LocalCluster) -> None:
         job.commit({"kept": 1})
     cluster.stop(0, 1)
     assert generations(cluster) == [{"00000002"}] * 2
+    assert "job 'job': nothing to commit: the state in memory is that of step 2, commit " in cluster.log(0)
+    assert " 0 bytes" not in cluster.log(0)
     for server in range(2):
         cluster.restart(server)
     with trainer.connect(cluster.addresses, job="job") as job:

@@ -121,6 +121,7 @@ def test_a_token_does_not_leave_the_machine_in_plain_text(address: str) -> None:
         ({"token": TOKEN, "token_file": "tokens"}, "not both"),
         ({"token": f"{TOKEN}\nx: y"}, "is no token"),
         ({"token": ""}, "is no token"),
+        ({"token": f"{TOKEN}\n"}, r"has white space around it.*give token.strip\(\), or the file's name as token_file"),
     ],
 )
 def test_credentials_that_do_not_fit(files: Files, fields: dict[str, str], message: str) -> None:

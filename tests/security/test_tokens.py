@@ -3,6 +3,7 @@
 import os
 import queue
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,9 @@ import trainer
 from protos import zero_ps_pb2 as pb
 from ps.tokens import Right, Tokens, parse_tokens
 from ps.watched import Watched
+from tests.models import Residual, batch, loss_of, seeded
 from tests.security.tokens import TOKENS
+from tests.trainer.runs import adamw
 
 GOOD, OTHER = "0123456789abcdef", "fedcba9876543210"
 
@@ -136,6 +139,74 @@ def test_a_server_takes_new_tokens_and_forgets_old_ones(start, tmp_path: Path) -
     barrier(stays)
     stays.close()
     goes.close()
+
+
+def test_a_token_that_is_put_back_within_the_lease_was_never_missed(start, tmp_path: Path) -> None:
+    path = tmp_path / "tokens"
+    path.write_text(f"{GOOD} train *\n")
+    server = start("--tokens", path, "--lease", 15)
+    with trainer.connect(server.address, credentials=trainer.Credentials(token=GOOD)) as job:
+        model = trainer.offload(seeded(Residual), job)
+        optimizer = adamw(model.parameters())
+
+        def step() -> None:
+            loss_of(model, batch(job.step)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        step()
+        rewrite(server, path, f"{OTHER} train *\n")
+        # A heartbeat was.
+        assert "without a valid token" in server.log_with("without a valid token")
+        rewrite(server, path, f"{GOOD} train *\n")
+        job.check()
+        step()
+
+
+def test_a_token_that_is_exchanged_is_waited_for_and_read_again(start, tmp_path: Path) -> None:
+    path, token_file = tmp_path / "tokens", tmp_path / "token"
+    path.write_text(f"{GOOD} train *\n")
+    token_file.write_text(f"{GOOD}\n")
+    server = start("--tokens", path)
+    lost: list[str] = []
+
+    def exchange(error: trainer.ZeroPsError) -> None:
+        lost.append(f"{type(error).__name__}: {error}")
+        # The server forgot the old one first: nobody gets in for a while.
+        later = threading.Timer(1.0, token_file.write_text, [f"{OTHER}\n"])
+        later.start()
+
+    with trainer.connect(server.address, credentials=trainer.Credentials(token_file=token_file)) as job:
+        model = trainer.offload(seeded(Residual), job)
+        optimizer = adamw(model.parameters())
+        while job.step < 3:
+            with job.recovering(on_lost=exchange, timeout=60):
+                loss_of(model, batch(job.step)).backward()
+                if job.step == 1 and not lost:
+                    rewrite(server, path, f"{OTHER} train *\n")
+                optimizer.step()
+                optimizer.zero_grad()
+    (error,) = lost
+    assert error.startswith("TokenUnknown") and "joins again with job.recovering() or job.recover()" in error
+
+
+def test_a_right_that_is_taken_away_is_not_waited_for(start, tmp_path: Path) -> None:
+    path = tmp_path / "tokens"
+    path.write_text(f"{GOOD} train *\n")
+    server = start("--tokens", path)
+    with trainer.connect(server.address, credentials=trainer.Credentials(token=GOOD)) as job:
+        rewrite(server, path, f"{GOOD} read *\n")
+        refused = pytest.raises(trainer.AccessDenied, match="takes the right 'train' on a job")
+        with refused, job.recovering():
+            barrier(job)
+
+
+def rewrite(server, path: Path, text: str) -> None:
+    """Has a server read other tokens."""
+    times = server.log.count("again")
+    path.write_text(text)
+    server.process.send_signal(signal.SIGHUP)
+    until(lambda: server.log.count("again") > times)
 
 
 def barrier(job: trainer.Job) -> None:

@@ -97,6 +97,9 @@ def _parser() -> argparse.ArgumentParser:
         prog="zero-ps train",
         description="Trains a byte-level GPT whose parameters live on zero-ps servers. A job that the servers "
         "know already goes on where it is. Several trainers: torchrun --nproc-per-node 2 -m trainer ...",
+        epilog="Ctrl-C and SIGTERM stop it after the running step, which is committed; a second one ends it at once. "
+        "Exit status: 0 when the job has made its steps; 130 after Ctrl-C and 143 after SIGTERM, with steps still to "
+        "make; 1 when training failed; 2 for arguments that cannot work.",
         formatter_class=_Defaults,
     )
     add = parser.add_argument_group("job").add_argument

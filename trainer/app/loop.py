@@ -59,7 +59,9 @@ def train(settings: Settings) -> int:
         began = time.monotonic()
         committed = Committed()
         moved = Moved()
-        stopped = ended = False
+        # By which signal, to any of the ranks.
+        stopped = 0
+        ended = False
         everyone: list[dict[str, Any]] = []
         timeline = (
             nullcontext()
@@ -99,10 +101,10 @@ def train(settings: Settings) -> int:
                     optimizer.zero_grad()
 
                     everyone = _exchange(
-                        job, loss=loss.item(), stop=interrupt.requested, committed=committed.step, **vars(job.stats)
+                        job, loss=loss.item(), stop=interrupt.stop, committed=committed.step, **vars(job.stats)
                     )
                     # Ranks stop together or not at all: one that went on alone would wait for the others.
-                    stopped = any(one["stop"] for one in everyone)
+                    stopped = max(one["stop"] for one in everyone)
                     committed.step = everyone[0]["committed"]
                     pulled, pushed = moved.since(everyone)
                     report.step(
@@ -131,13 +133,13 @@ def train(settings: Settings) -> int:
                     "peak_rss_bytes": {f"trainer-{rank}": one["peak_rss_bytes"] for rank, one in enumerate(everyone)},
                     "parameters": sum(parameter.numel() for parameter in model.parameters()),
                     "dtype": "bf16" if dtype is torch.bfloat16 else "fp32",
-                    "interrupted": stopped and job.step < settings.steps,
+                    "interrupted": bool(stopped) and job.step < settings.steps,
                 }
                 if settings.summary is not None:
                     write_summary(settings.summary, summary)
                 _conclude(settings, summary)
                 say(str(trainer.report(model)))
-    return 128 + interrupt.number if stopped and job.step < settings.steps else 0
+    return 128 + stopped if stopped and job.step < settings.steps else 0
 
 
 def learning_rate(step: int, settings: Settings) -> float:
@@ -151,33 +153,39 @@ def learning_rate(step: int, settings: Settings) -> float:
     return settings.lr * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
 
 
+class StoppedAtOnce(KeyboardInterrupt):
+    """A signal ended training in the middle of a step. number: of the signal."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+
 class Interrupt:
     """Turns Ctrl-C and SIGTERM into a wish to stop after the running step; a second one, later, ends at once.
 
     torchrun passes on the signal that the terminal has already sent to all processes, so a second one
     that comes right after the first is the same Ctrl-C.
 
-    number: of the signal that came. waiting: for servers or trainers that are lost, so that no step is running: then
-    the first one ends at once, too.
+    stop: number of the signal that came, 0 before. waiting: for servers or trainers that are lost, so that no step is
+    running: then the first one ends at once, too.
     """
 
     SAME_KEYSTROKE_SECONDS = 2.0
 
     def __init__(self) -> None:
-        self.requested = False
+        self.stop = 0
         self.waiting = False
-        self.number = signal.SIGINT
         self._when = 0.0
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        if self.waiting or (self.requested and now - self._when > self.SAME_KEYSTROKE_SECONDS):
-            raise KeyboardInterrupt
-        if not self.requested:
-            self.requested = True
-            self.number = signal.Signals(number)
+        if self.waiting or (self.stop and now - self._when > self.SAME_KEYSTROKE_SECONDS):
+            raise StoppedAtOnce(number)
+        if not self.stop:
+            self.stop = number
             self._when = now
 
 
@@ -189,9 +197,9 @@ def _recovers(job: trainer.Job, settings: Settings, report: Report, interrupt: I
     """
 
     def lost(error: trainer.ZeroPsError) -> None:
-        if interrupt.requested:
+        if interrupt.stop:
             # Who is to stop waits for nobody.
-            raise KeyboardInterrupt
+            raise StoppedAtOnce(interrupt.stop)
         interrupt.waiting = True
         if job.rank == 0:
             say(f"lost at step {job.step}: {error}. Waiting up to {settings.recover_timeout:g} s")
