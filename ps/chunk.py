@@ -74,6 +74,11 @@ class Chunk:
         return self.elements * (dtype or self.dtype).itemsize
 
     @property
+    def row_elements(self) -> int:
+        """Elements of one row."""
+        return math.prod(self.shape[1:])
+
+    @property
     def accumulation_dtype(self) -> torch.dtype:
         """Gradients add up in fp32, or fp64 for fp64 weights."""
         return torch.float64 if self.dtype == torch.float64 else torch.float32

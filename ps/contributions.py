@@ -37,15 +37,17 @@ class Terms:
 
     reduction: how their gradients become one. ema_decay: of the average of weights, or None for none.
     max_staleness: how many steps a chunk may be behind the gradients that come for it.
+    kept_rows: parameters of which rows that no gradient names keep their weight and state.
     """
 
     reduction: Literal["mean", "sum"] = "mean"
     ema_decay: float | None = None
     max_staleness: int = 0
+    kept_rows: frozenset[int] = frozenset()
 
     def difference(self, other: "Terms") -> tuple[str, object, object]:
         """The first term that is another: what trainers call it, and both values."""
-        names = {"reduction": "gradient_reduction"}
+        names = {"reduction": "gradient_reduction", "kept_rows": "the parameters with untouched_rows='keep'"}
         for field in fields(self):
             mine, theirs = getattr(self, field.name), getattr(other, field.name)
             if mine != theirs:
@@ -65,6 +67,8 @@ class _Accumulator:
     zero_after_update: `zero_grad` came while the update that reads this was still to run.
     keep_zeros: what it asked for then; see `zeros`.
     begun: the step of the first gradient that is in it. Updates of earlier steps do not use it.
+    whole: there is a gradient of the whole chunk. rows: a bool for each row that there is one of otherwise; None for
+        no row at all.
     until: if it is set aside, the last step whose update uses it.
     slot: tells it from others of the chunk.
     """
@@ -77,6 +81,8 @@ class _Accumulator:
     zero_after_update: bool = False
     keep_zeros: bool = False
     begun: int = 0
+    whole: bool = False
+    rows: torch.Tensor | None = None
     until: int = -1
     slot: int = 0
 
@@ -187,7 +193,7 @@ class Contributions:
                     accumulator.begun = step
                     if gradient.runs is None:
                         spare = self._begin(chunk, accumulator, values)
-                        self._count(accumulator, step)
+                        self._count(gradient, accumulator, step)
                         return spare
                     part = None
             if part is None:
@@ -207,7 +213,7 @@ class Contributions:
                 else:
                     gradient.runs.add_into(wide.tensor, values.tensor)
                 wide.changed()
-                self._count(accumulator, step)
+                self._count(gradient, accumulator, step)
             chunk.tier.give_back(values)
             return values.tensor
 
@@ -228,7 +234,7 @@ class Contributions:
             if old is not None and old is not part:
                 chunk.tier.discard([old])
             accumulator.part = part
-            self._count(accumulator, step)
+            self._count(gradient, accumulator, step)
         chunk.tier.give_back(gradient.values)
         return True
 
@@ -252,7 +258,12 @@ class Contributions:
         return chunk.new_part(f"{self.name}{slot}-{str(dtype).removeprefix('torch.')}", dtype, kind="gradient")
 
     @staticmethod
-    def _count(accumulator: _Accumulator, step: int) -> None:
+    def _count(gradient: Gradient, accumulator: _Accumulator, step: int) -> None:
+        if gradient.runs is None:
+            accumulator.whole = True
+        elif not accumulator.whole:
+            rows = gradient.runs.rows(gradient.chunk)
+            accumulator.rows = rows if accumulator.rows is None else accumulator.rows | rows
         if accumulator.step != step:
             accumulator.step, accumulator.count = step, 0
         accumulator.count += 1
@@ -318,6 +329,13 @@ class Contributions:
         part = None if accumulator is None else accumulator.part
         return part if part is not None and part.filled else None
 
+    def touches(self, chunk: Chunk, step: int) -> torch.Tensor | None:
+        """A bool for each row of a chunk: whether there is a gradient of it for a step; None for all of them."""
+        accumulator = self._of(chunk, step)
+        if accumulator is None or (not accumulator.whole and accumulator.rows is None):
+            return torch.zeros(chunk.shape[0], dtype=torch.bool)
+        return None if accumulator.whole else accumulator.rows
+
     def new_wide(self, chunk: Chunk, step: int) -> Part | None:
         """A part to pass to `widen`, if the sum is narrower than what sums are kept in."""
         accumulator = self._of(chunk, step)
@@ -359,6 +377,7 @@ class Contributions:
         accumulator.zeros = accumulator.occupied and accumulator.keep_zeros
         if accumulator.part is not None:
             chunk.tier.empty(accumulator.part)
+        accumulator.whole, accumulator.rows = False, None
         accumulator.zero_after_update = False
         accumulator.count = 0
 
@@ -387,6 +406,15 @@ def average(chunk: Chunk, by_rank: Sequence[Contributions], step: int) -> torch.
 def gradient_parts(chunk: Chunk, by_rank: Sequence[Contributions], step: int) -> list[Part]:
     """The trainers' accumulators for a step that have something in them, in rank order."""
     return [part for c in by_rank if (part := c.part(chunk, step)) is not None]
+
+
+def touched_rows(chunk: Chunk, by_rank: Sequence[Contributions], step: int) -> torch.Tensor | None:
+    """The rows that a step updates, by their numbers: those that any trainer has a gradient of; None for all."""
+    if chunk.parameter not in by_rank[0].terms.kept_rows or chunk.elements == 0:
+        return None
+    touched = [contributions.touches(chunk, step) for contributions in by_rank]
+    masks = [rows for rows in touched if rows is not None]
+    return torch.stack(masks).any(dim=0).nonzero().view(-1) if len(masks) == len(touched) else None
 
 
 def average_bytes(chunk: Chunk, by_rank: Sequence[Contributions], step: int) -> int:

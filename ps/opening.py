@@ -1,7 +1,7 @@
 """Opening a job: the manifest is created or compared, staged weights find their place, an optimizer is set."""
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -151,6 +151,7 @@ def set_optimizer(
     trained: Sequence[int] = (),
     reduction: Literal["mean", "sum"] = "mean",
     max_staleness: int = 0,
+    kept_rows: Collection[int] = (),
 ) -> None:
     """States the optimizer, and which of its parameters take gradients by now.
 
@@ -168,11 +169,14 @@ def set_optimizer(
     for parameter in trained:
         if parameter not in optimizer.group_of:
             raise InvalidRequest(f"parameter {parameter} cannot be trained: it is in no group")
-    job.steps.agree_on(session, Terms(reduction, spec.ema_decay, max_staleness))
+    for parameter in kept_rows:
+        if parameter not in optimizer.group_of or not shard.manifest[parameter].shape:
+            raise InvalidRequest(f"rows of parameter {parameter} cannot be kept: it has none, or is in no group")
+    job.steps.agree_on(session, Terms(reduction, spec.ema_decay, max_staleness, frozenset(kept_rows)))
     with job.shard_lock:
         if job.shard is shard:
             shard.set_trained(trained)
-            check_budget(shard, session.world_size, optimizer.arrays, optimizer.fused, max_staleness)
+            check_budget(shard, session.world_size, optimizer.arrays, optimizer.fused, max_staleness, kept_rows)
         _set_optimizer(job, session, shard, spec, optimizer)
 
 

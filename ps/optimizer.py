@@ -4,6 +4,7 @@ import inspect
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from protos.values import Option
 from ps import averages
 from ps.chunk import Chunk
 from ps.errors import InvalidRequest
+from ps.operands import Operands, SomeRows, Whole
 from ps.store import OptimizerSpec, StateArray
 from ps.tier import Part
 
@@ -160,8 +162,12 @@ class ChunkOptimizer:
             chunk.state_part(name, chunk.dtype if array.dtype is None else array.dtype, scalar=not array.per_element)
         return [part for part in chunk.state.values() if not part.filled]
 
-    def update(self, chunks: Sequence[tuple[Chunk, torch.Tensor]]) -> None:
+    def update(
+        self, chunks: Sequence[tuple[Chunk, torch.Tensor]], rows: Mapping[Chunk, torch.Tensor] = MappingProxyType({})
+    ) -> None:
         """Steps chunks, each with its gradient (the weight's shape and dtype), in place.
+
+        rows: of some of them the rows that are stepped, by their numbers; the others keep weight and state.
 
         Expects the chunks' locks to be held, and in a limited tier a lease of their weights and state and of
         `new_state`. All of them have to be in groups, and either all have optimizer state or none: torch's
@@ -169,33 +175,24 @@ class ChunkOptimizer:
         """
         optimizer = self._optimizer
         members: dict[int, list[torch.Tensor]] = {}
-        weights: list[torch.Tensor] = []
+        operands: list[Operands] = []
         optimizer.state.clear()
         try:
             for chunk, gradient in chunks:
-                weight = chunk.weight.tensor
-                weights.append(weight)
-                weight.grad = gradient
-                optimizer.state[weight] = {
-                    name: part.tensor for name, part in chunk.state.items() if part.filled and name != EMA
-                }
-                members.setdefault(self.group_of[chunk.parameter], []).append(weight)
+                some = rows.get(chunk)
+                lent: Operands = Whole(chunk, gradient) if some is None else SomeRows(chunk, gradient, some)
+                operands.append(lent)
+                lent.weight.grad = lent.gradient
+                optimizer.state[lent.weight] = lent.state
+                members.setdefault(self.group_of[chunk.parameter], []).append(lent.weight)
             optimizer.param_groups = [
                 {"params": weights, **self.options.resolved[number]} for number, weights in members.items()
             ]
             optimizer.step()
-            for (chunk, _), weight in zip(chunks, weights, strict=True):
-                _keep(chunk, optimizer.state[weight])
+            for lent in operands:
+                lent.keep(optimizer.state[lent.weight])
         finally:
-            for weight in weights:
-                weight.grad = None
+            for lent in operands:
+                lent.weight.grad = None
             optimizer.state.clear()
             optimizer.param_groups = []
-
-
-def _keep(chunk: Chunk, state: Mapping[str, object]) -> None:
-    """Has a chunk's parts hold what an update made of its state."""
-    for name, value in state.items():
-        if not isinstance(value, torch.Tensor):
-            continue
-        chunk.state_part(name, value.dtype, scalar=value.shape != chunk.shape).hold(value)

@@ -23,6 +23,16 @@ class Runs:
     def elements(self) -> int:
         return sum(stop - start for start, stop in self.bounds)
 
+    def rows(self, chunk: Chunk) -> torch.Tensor:
+        """A bool for each row of a chunk: whether there is any of its elements."""
+        edges = torch.zeros(chunk.shape[0] + 1, dtype=torch.int32)
+        if self.bounds:
+            bounds = torch.tensor(self.bounds)
+            ones = torch.ones(len(bounds), dtype=torch.int32)
+            edges.index_add_(0, bounds[:, 0] // chunk.row_elements, ones)
+            edges.index_add_(0, (bounds[:, 1] - 1) // chunk.row_elements + 1, -ones)
+        return edges.cumsum(0)[:-1] > 0
+
     def copy_into(self, target: torch.Tensor, values: torch.Tensor) -> None:
         """Replaces what a contiguous tensor has there. values: flat, as many elements as the runs have."""
         for part, some in self._pairs(target, values):

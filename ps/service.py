@@ -249,7 +249,8 @@ class ParameterServer:
         job, session = self._jobs.find(request.session_id)
         spec, reduction = decode_optimizer(request), decode_reduction(request)
         staleness = decode_staleness(request)
-        set_optimizer(job, session, spec, self._update_wait(context), request.trained, reduction, staleness)
+        patience = self._update_wait(context)
+        set_optimizer(job, session, spec, patience, request.trained, reduction, staleness, request.kept_rows)
         return pb.SetOptimizerResponse()
 
     # ------------------------------------------------------------ bytes

@@ -18,7 +18,7 @@ import torch
 from ps.agreed_step import AgreedStep
 from ps.averages import update_averages
 from ps.chunk import Chunk
-from ps.contributions import average
+from ps.contributions import average, touched_rows
 from ps.monitor import Monitor, Patience
 from ps.optimizer import ChunkOptimizer
 from ps.running_commits import RunningCommits
@@ -180,17 +180,20 @@ class Updater:
                 for chunk in batch:
                     held.enter_context(chunk.lock)
             stepped: list[tuple[Chunk, torch.Tensor]] = []
+            rows: dict[Chunk, torch.Tensor] = {}
             for chunk in with_gradient:
                 gradient = average(chunk, by_rank, step.step)
                 assert gradient is not None
                 for edit in step.edits.get(chunk.parameter, ()):
                     edit.apply(gradient)
                 stepped.append((chunk, gradient))
+                if (touched := touched_rows(chunk, by_rank, step.step)) is not None:
+                    rows[chunk] = touched
             for chunk, _ in stepped:
                 chunk.weight.about_to_change()
             for has_state in (True, False):
                 if part := [pair for pair in stepped if pair[0].has_state == has_state]:
-                    optimizer.update(part)
+                    optimizer.update(part, rows)
             if optimizer.ema_decay is not None:
                 update_averages(averaged, optimizer.ema_decay)
             for chunk in batch:

@@ -1,11 +1,12 @@
 """What of memory an update of chunks takes, all at once."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ps.averages import average_part
 from ps.chunk import Chunk
-from ps.contributions import Contributions, average_bytes, gradient_parts
+from ps.contributions import Contributions, average_bytes, gradient_parts, touched_rows
+from ps.operands import SomeRows
 from ps.optimizer import ChunkOptimizer
 from ps.shard import Shard
 from ps.store import StateArray
@@ -13,6 +14,10 @@ from ps.tier import SMALL_BYTES, Part
 
 _SCRATCH_TENSORS = 3
 """What an optimizer that is not fused allocates at most, in tensors of a chunk's size."""
+
+
+_ROW_COPIES = 2
+"""What an update of some rows copies besides their state: weight and gradient."""
 
 
 @dataclass
@@ -57,6 +62,9 @@ def of_update(
             found.fresh.append(wide)
             found.wide.append((by_rank[0], chunk, wide))
         found.scratch_bytes += average_bytes(chunk, by_rank, step)
+        if (rows := touched_rows(chunk, by_rank, step)) is not None:
+            copies = _ROW_COPIES + sum(array.per_element for array in optimizer.arrays.values())
+            found.scratch_bytes += copies * SomeRows.num_elements(chunk, len(rows)) * chunk.dtype.itemsize
         if not optimizer.fused:
             found.scratch_bytes += _SCRATCH_TENSORS * chunk.num_bytes()
     return found
@@ -72,7 +80,12 @@ def to_read_ahead(chunks: Iterable[Chunk], by_rank: Sequence[Contributions], ste
 
 
 def check_budget(
-    shard: Shard, world_size: int, arrays: Mapping[str, StateArray], fused: bool = True, max_staleness: int = 0
+    shard: Shard,
+    world_size: int,
+    arrays: Mapping[str, StateArray],
+    fused: bool = True,
+    max_staleness: int = 0,
+    kept_rows: Collection[int] = (),
 ) -> None:
     """Reserves what of a shard never leaves memory. Raises OutOfBudget, naming the chunk that is too large."""
     tier = shard.tier
@@ -95,6 +108,7 @@ def check_budget(
         if trained:
             needed += chunk.num_bytes() if world_size > 1 else 0
             needed += 0 if fused else _SCRATCH_TENSORS * chunk.num_bytes()
+            needed += _ROW_COPIES * chunk.num_bytes() + state if chunk.parameter in kept_rows else 0
         if needed > largest[0]:
             largest = needed, chunk
     tier.reserve(shard, small, f"what is too small to spill of job's {len(shard)} chunks")

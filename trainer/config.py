@@ -34,7 +34,10 @@ class OffloadConfig:
         one by one, as the experts of a mixture.
     sparse_rows: which `nn.Embedding`s gather only the rows that their inputs name, and send only those rows of
         their gradients: True for all, or classes and fully qualified names. For tables that are large beside
-        a batch. The optimizer does what it does with a dense gradient that is zero in the other rows.
+        a batch.
+    untouched_rows: what a step does to rows of these tables that no trainer's batch named. "step" is what it does
+        with a dense gradient that is zero there: moments decay, and weights move by them and by weight decay.
+        "keep" leaves them alone, weights and moments, as `torch.optim.SparseAdam` does. The same on every rank.
     module_granularity_threshold: subtrees with at most this many elements are such units too. Gathers small
         modules together; 0 hooks every module.
     param_dtype: dtype in which parameters are gathered and computed with; None keeps the model's own.
@@ -65,6 +68,7 @@ class OffloadConfig:
     max_reuse_distance: int = 1_000_000_000
     leaf_modules: tuple[type[nn.Module] | str, ...] = ()
     sparse_rows: bool | tuple[type[nn.Module] | str, ...] = False
+    untouched_rows: Literal["step", "keep"] = "step"
     module_granularity_threshold: int = 0
     param_dtype: torch.dtype | None = None
     reduce_dtype: torch.dtype | None = None
@@ -97,6 +101,13 @@ class OffloadConfig:
             for each in () if isinstance(chosen, bool) else chosen:
                 if not isinstance(each, str) and not (isinstance(each, type) and issubclass(each, nn.Module)):
                     raise ConfigError(f"OffloadConfig.{name} takes classes of modules and names, not {each!r}")
+        if self.untouched_rows not in ("step", "keep"):
+            raise ConfigError(f"OffloadConfig.untouched_rows has to be 'step' or 'keep', not {self.untouched_rows!r}")
+        if self.untouched_rows == "keep" and not self.sparse_rows:
+            raise ConfigError(
+                "OffloadConfig(untouched_rows='keep') is about the tables of sparse_rows, and there are none; name "
+                "them with sparse_rows"
+            )
         k = self.max_staleness
         if not isinstance(k, int) or isinstance(k, bool) or not 0 <= k <= MAX_STALENESS:
             raise ConfigError(

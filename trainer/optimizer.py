@@ -125,6 +125,11 @@ class RemoteOptimizer(StatefulOptimizer):
             )
             for group in self.param_groups
         ]
+        kept_rows = [
+            state.remote.index
+            for state in self.states()
+            if state.remote is not None and state.by_rows and self._owner.config.untouched_rows == "keep"
+        ]
         try:
             call_all(
                 job.servers,
@@ -137,6 +142,7 @@ class RemoteOptimizer(StatefulOptimizer):
                     gradient_reduction=_REDUCTIONS[self._owner.config.gradient_reduction],
                     ema_decay=self.ema_decay,
                     max_staleness=self._owner.config.max_staleness,
+                    kept_rows=kept_rows,
                 ),
                 job.timeout,
             )

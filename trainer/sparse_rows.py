@@ -2,8 +2,7 @@
 
 The rows come as a small matrix of their own, in which the inputs are looked up by their places among the
 rows; the parameter itself stays released. Its gradient is what `nn.Embedding(sparse=True)` gives: a sparse
-one, of which the servers get the rows. They treat the other rows' gradients as zero, so the result is that
-of a dense gradient, moments and weight decay of the other rows included.
+one, of which the servers get the rows. What they do with the other rows is `OffloadConfig.untouched_rows`.
 """
 
 from collections import Counter
