@@ -76,7 +76,8 @@ def _measured(shape: Shape, servers: int, trainers: int, on_disk: bool) -> Measu
     with LocalCluster(servers, memory=memory) as cluster:
         work = work.with_options(servers=",".join(cluster.addresses))
         pids = {f"server {index}": cluster.pid(index) for index in range(servers)}
-        with Ranks("zero-ps", sys.executable, "benchmarks.sides.offloaded", work, lambda: pids) as ranks:
+        environment = {"OMP_WAIT_POLICY": "passive"}
+        with Ranks("zero-ps", sys.executable, "benchmarks.sides.offloaded", work, lambda: pids, environment) as ranks:
             ranks.wait_ready()
             ranks.block(WARM_UP)
             block: Block = ranks.block(STEPS)

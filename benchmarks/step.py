@@ -103,7 +103,7 @@ class Figures:
         self.moved = {key: value / steps for key, value in block.moved.items()}
 
 
-QUICK = Plan((PLAIN, "deepspeed-cpu", "fsdp2"), trainers=(1,), blocks=1, steps=3, small=True)
+QUICK = Plan((PLAIN, "deepspeed-cpu", "fsdp2"), cases=("movement",), trainers=(1,), blocks=1, steps=3, small=True)
 
 
 def run(quick: bool) -> list[report.Row]:
@@ -174,7 +174,8 @@ def _deepspeed(name: str, work: Workload) -> Iterator[Ranks]:
     python = python_with("deepspeed")
     if python is None:
         raise SideError(f"{name}: DeepSpeed is not installed; `make bench-peers` does that")
-    for operator in ("cpu_adam", *(["async_io"] if name == "deepspeed-nvme" else [])):
+    of_disk = ("pin_memory", "async_io") if name == "deepspeed-nvme" else ()
+    for operator in ("cpu_adam", "deepspeed_shm_comm", *of_disk):
         if (why := not_compiled(python, operator)) is not None:
             raise SideError(f"{name}: DeepSpeed's {operator}: {why}; `make bench-peers` compiles it")
     with tempfile.TemporaryDirectory(prefix="zero-ps-deepspeed-") as folder:
@@ -194,7 +195,10 @@ def _offloaded(name: str, variant: Variant, work: Workload) -> Iterator[Ranks]:
             options["max_live_bytes"] = str(variant.max_live_bytes)
         work = work.with_options(**options)
         servers = {f"server {index}": cluster.pid(index) for index in range(variant.servers)}
-        with Ranks(name, sys.executable, "benchmarks.sides.offloaded", work, lambda: servers) as ranks:
+        # Servers need the cores on which OpenMP's threads would spin while they wait for each other.
+        environment = {"OMP_WAIT_POLICY": "passive"}
+        module = "benchmarks.sides.offloaded"
+        with Ranks(name, sys.executable, module, work, lambda: servers, environment) as ranks:
             yield ranks
 
 
@@ -226,11 +230,13 @@ def _rows(case: str, trainers: int, figures: Mapping[str, Figures], bars: bool) 
         if PLAIN in figures:
             expected = figures[PLAIN].losses
             apart = max(abs(one - other) / other for one, other in zip(found.losses, expected, strict=True))
+            equal = sum(one == other for one, other in zip(found.losses, expected, strict=True))
             rows.append(
                 report.Row(
                     "losses apart", apart, "of plain's", "what is allowed", apart / LOSS_TOLERANCE, at_most=1, case=at
                 )
             )
+            rows.append(report.Row("losses equal bit for bit", equal, "steps", "all", equal / len(expected), case=at))
     return rows
 
 

@@ -43,6 +43,27 @@ def step(rows: Rows) -> str:
     return _table(["side", *heads], ([str(side), *(cell(side, *column) for column in columns)] for side in sides))
 
 
+def losses(rows: Rows) -> str:
+    """How near each side's losses are to plain torch's."""
+    names = ("losses apart", "losses equal bit for bit")
+    apart, equal = (
+        {(row.case["side"], row.case["case"], row.case["trainers"]): row for row in rows if row.name == name}
+        for name in names
+    )
+    lines = (
+        [str(side), str(case), str(trainers), f"{row.value:.2%}", f"{equal[side, case, trainers].ratio:.0%}"]
+        for (side, case, trainers), row in apart.items()
+    )
+    head = [
+        "side",
+        "case",
+        "trainers",
+        "losses differ from plain's by at most",
+        "steps whose loss is the same bit for bit",
+    ]
+    return _table(head, lines)
+
+
 def memory(rows: Rows) -> str:
     """Peak memory of each side's processes, with one trainer."""
     found = [row for row in rows if row.name == "peak memory" and row.case["trainers"] == 1]
@@ -102,6 +123,7 @@ def bars(rows: Rows) -> str:
 TABLES: Mapping[str, tuple[str, Callable[[Rows], str]]] = {
     "step": ("step", step),
     "memory": ("step", memory),
+    "losses": ("step", losses),
     "links": ("links", links),
     "scale": ("scale", scale),
     "plan": ("plan", plan),

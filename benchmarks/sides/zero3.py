@@ -1,8 +1,11 @@
 """DeepSpeed's ZeRO-3 with parameters and optimizer on the CPU or on NVMe. Runs where DeepSpeed is installed."""
 
+import tempfile
 from typing import Any
 
 import deepspeed
+import torch
+from deepspeed.utils import safe_set_full_fp32_param
 
 from benchmarks.sides.phases import Phases
 from benchmarks.sides.side import serve
@@ -14,7 +17,14 @@ class Zero3:
 
     def __init__(self, work: Workload, batches: Batches) -> None:
         self._engine: Any
-        self._engine, *_ = deepspeed.initialize(model=work.model(), config=_config(work))
+        model = work.model()
+        with tempfile.TemporaryDirectory(prefix="zero-ps-initial-") as folder:
+            for number, weight in enumerate(model.parameters()):
+                torch.save(weight.detach().clone(), f"{folder}/{number}.pt")
+            self._engine, *_ = deepspeed.initialize(model=model, config=_config(work))
+            # It has rounded them to bf16, on which updates that are small against a weight get lost at first.
+            for number, weight in enumerate(self._engine.module.parameters()):
+                safe_set_full_fp32_param(weight, torch.load(f"{folder}/{number}.pt"))
         self._batches = batches
         self._phases = Phases()
 
