@@ -137,12 +137,12 @@ def _updates() -> float:
 
 
 def _flops(work: Workload) -> float:
-    """Of plain torch's forward and backward on all cores, in a second."""
+    """Of plain torch's forward and backward on all cores, in a second; of the fastest step."""
     with step.started(step.PLAIN, work) as side:
         side.wait_ready()
         side.block(WARM_UP)
-        spent = side.block(STEPS).spent[0]
-    return 6 * work.parameters * _tokens(work) * STEPS / (spent["forward"] + spent["backward"])
+        steps = [side.block(1).spent[0] for _ in range(STEPS)]
+    return 6 * work.parameters * _tokens(work) / min(spent["forward"] + spent["backward"] for spent in steps)
 
 
 # ---------------------------------------------------------------- planned and measured
@@ -170,7 +170,9 @@ def _planned(config: Config, machine: Machine, flops: float) -> Estimate:
         updates_per_core=machine.updates_per_core,
         one_machine=CORES,
     )
-    return estimate(ModelSize(parameters, parameters, 0), _tokens(config.work), cluster)
+    with torch.device("meta"):
+        tensors = len(list(config.work.model().parameters()))
+    return estimate(ModelSize(parameters, parameters, 0, tensors), _tokens(config.work), cluster)
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,19 @@ UPDATES_PER_CORE = 0.7e9
 CONVERSIONS_PER_CORE = 0.8e9
 """Parameters whose gradient one core widens from 16 bits, and whose copy in 16 bits it makes, in a second."""
 
+CHUNK_SECONDS = 1e-3, 1.5e-3
+"""Of Python, of a server and of a trainer, for each chunk: to pull it, push its gradient and update it once."""
+
+CHUNK_PARAMETERS = 2e6
+"""Of a chunk that is none of a small tensor."""
+
+DISK_SECONDS_PER_GB = 0.35
+"""Processor seconds of a server for each GB from or to its disk."""
+
+WORKING_BYTES = 512 << 20
+"""Of a server whose memory is limited, at most: for what is on its way, being worked on or read ahead, and half of its
+memory if that is less. The rest keeps parts from one step to the next."""
+
 STATE_BYTES = 12
 """Of a trained parameter under AdamW with fp32 masters: weight and two moments."""
 
@@ -128,18 +141,24 @@ def estimate(model: ModelSize, tokens: int, cluster: Cluster) -> Estimate:
     pulled, pushed = copies * pulls * whole, copies * whole
     per_server = model.parameters / cluster.servers
     pull_seconds, push_seconds = SERVER_SECONDS_PER_GB[cluster.link]
-    processor = per_server * (1 / cluster.updates_per_core + 1 / CONVERSIONS_PER_CORE)
+    chunks = max(model.tensors, model.parameters / CHUNK_PARAMETERS)
+    # A third each for a pull, a push and an update.
+    python = chunks / cluster.servers * CHUNK_SECONDS[0] * (2 * copies + 1) / 3
+    processor = per_server * (1 / cluster.updates_per_core + 1 / CONVERSIONS_PER_CORE) + python
     processor += (pulled * pull_seconds + pushed * push_seconds) / 1e9 / cluster.servers
 
     gradients = GRADIENT_BYTES * (1 if cluster.group else cluster.trainers)
     server_bytes = per_server * (STATE_BYTES + COPY_BYTES + gradients)
-    on_disk = max(0.0, 1 - cluster.server_memory / server_bytes)
+    memory = cluster.server_memory
+    held = memory if memory >= server_bytes else memory - min(memory / 2, WORKING_BYTES)
+    on_disk = max(0.0, 1 - held / server_bytes)
     # Every update reads and writes all state, and the copy that pulls are answered from. A pull reads that once,
     # whoever else asks for it soon after. Gradients wait there for the update, in the 16 bits that they came in.
     waiting = COPY_BYTES * (1 if cluster.group else cluster.trainers)
     read = per_server * on_disk * (STATE_BYTES + COPY_BYTES * pulls + waiting)
     written = per_server * on_disk * (STATE_BYTES + COPY_BYTES + waiting)
     disk_seconds = read / cluster.disk_read + written / cluster.disk_write
+    processor += (read + written) / 1e9 * DISK_SECONDS_PER_GB
 
     demands = [
         Demand(
@@ -150,6 +169,8 @@ def estimate(model: ModelSize, tokens: int, cluster: Cluster) -> Estimate:
         Demand("network of a server, out", "servers", pulled / cluster.servers, cluster.server_network, "B"),
         Demand("network of a server, in", "servers", pushed / cluster.servers, cluster.server_network, "B"),
         Demand("processor of a server", "servers", processor, float(cluster.server_cores), "core s"),
+        # One thread at a time runs Python.
+        Demand("Python of a server", "servers", python, 1.0, "core s"),
         # At the rate of the mix.
         Demand("disk of a server", "servers", read + written, (read + written) / (disk_seconds or 1.0), "B"),
     ]
@@ -157,6 +178,7 @@ def estimate(model: ModelSize, tokens: int, cluster: Cluster) -> Estimate:
         trainers = _FLOPS * model.active * tokens / cluster.flops * cluster.one_machine / cluster.trainers
         pull_seconds, push_seconds = TRAINER_SECONDS_PER_GB[cluster.link]
         trainers += (pulled * pull_seconds + pushed * push_seconds) / 1e9
+        trainers += chunks * copies * CHUNK_SECONDS[1]
         everything = trainers + processor * cluster.servers
         demands.append(Demand("processors of the machine", "between", everything, cluster.one_machine, "core s"))
     if cluster.group and cluster.trainers > 1:

@@ -13,11 +13,13 @@ class ModelSize:
     """parameters: of the model, tied ones once. active: that one token is computed with; fewer with experts.
 
     largest_layer: parameters of the largest submodule that is gathered by itself, an embedding or a linear layer.
+    tensors: how many parameters in the sense of torch there are; 0 where that is not known.
     """
 
     parameters: int
     active: int
     largest_layer: int
+    tensors: int = 0
 
 
 def read(path: Path) -> ModelSize:

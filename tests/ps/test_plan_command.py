@@ -8,7 +8,7 @@ from torch import nn
 
 from ps.cli import main
 from ps.tools import hf_config
-from ps.tools.capacity import Cluster, estimate, servers_needed
+from ps.tools.capacity import CHUNK_SECONDS, WORKING_BYTES, Cluster, estimate, servers_needed
 from ps.tools.hf_config import ModelSize
 from trainer.app.gpt import GPT, GPTConfig
 
@@ -115,8 +115,8 @@ def test_amounts_are_those_of_the_arithmetic():
 
 
 def test_what_does_not_fit_moves_from_and_to_the_disk_in_each_step():
-    # 2.5 G parameters a server, 18 bytes each; half of it fits.
-    found = estimate(MODEL, 1000, replace(CLUSTER, server_memory=22.5e9))
+    # 2.5 G parameters a server, 18 bytes each; half of it fits beside what is being worked on.
+    found = estimate(MODEL, 1000, replace(CLUSTER, server_memory=22.5e9 + WORKING_BYTES))
     assert found.on_disk == pytest.approx(0.5)
     # State, what is pulled, and a gradient; state, the copy for pulls, and a gradient.
     assert found.disk_read == pytest.approx(2.5e9 * 0.5 * (12 + 2 * 1.95 + 2))
@@ -124,6 +124,15 @@ def test_what_does_not_fit_moves_from_and_to_the_disk_in_each_step():
     disk = next(demand for demand in found.demands if demand.resource == "disk of a server")
     assert disk.amount == pytest.approx(found.disk_read + found.disk_written)
     assert disk.seconds == pytest.approx(found.disk_read / 4e9 + found.disk_written / 2e9)
+
+
+def test_a_model_of_many_small_tensors_takes_more_python():
+    few, many = (
+        {demand.resource: demand.seconds for demand in estimate(replace(MODEL, tensors=n), 1000, CLUSTER).demands}
+        for n in (0, 10**5)
+    )
+    assert few["Python of a server"] == pytest.approx(5000 / 4 * CHUNK_SECONDS[0])
+    assert many["Python of a server"] == pytest.approx(10**5 / 4 * CHUNK_SECONDS[0])
 
 
 def test_on_one_machine_trainers_and_servers_share_its_cores():
@@ -136,7 +145,8 @@ def test_on_one_machine_trainers_and_servers_share_its_cores():
     of_servers = 4 * together["processor of a server"].amount
     # And what the trainers' side of the links takes.
     shared = together["processors of the machine"]
-    assert shared.amount == pytest.approx(compute + of_servers + (39 * 0.36 + 20 * 0.34))
+    python = 1e10 / 2e6 * CHUNK_SECONDS[1]
+    assert shared.amount == pytest.approx(compute + of_servers + (39 * 0.36 + 20 * 0.34) + python)
     assert shared.rate == 16
 
 
@@ -150,7 +160,7 @@ def test_the_servers_that_are_needed_are_the_fewest():
 
 
 def test_the_command_names_the_bottleneck_and_what_removes_it(capsys):
-    servers = ["--servers", "2", "--server-memory", "2TB", "--server-cores", "64"]
+    servers = ["--servers", "2", "--server-memory", "2TB", "--server-network", "1GB"]
     assert main(["plan", "--parameters", "70B", "--tokens", "100k", *servers]) == 0
     text = capsys.readouterr().out
     assert "the bottleneck is network of a server, out" in text and "servers remove it" in text
