@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from benchmarks import report
-from benchmarks.sides.process import Block, Ranks
+from benchmarks.sides.process import Block, Ranks, SideError
 from benchmarks.workload import Workload
 from ps import LocalCluster
 
@@ -48,12 +48,10 @@ def run(quick: bool) -> list[report.Row]:
     on_disk = dict(list(SIZES.items())[:1]) if quick else {**SIZES, **LARGEST}
     counts = (1, 2) if quick else (1, 2, 4)
     middle = SIZES["10 M" if quick else "151 M"]
-    rows = _series("model", [({"model": name}, _measured(shape, 2, 1, False)) for name, shape in sizes.items()], True)
-    rows += _series(
-        "model, on disk", [({"model": name}, _measured(shape, 2, 1, True)) for name, shape in on_disk.items()], True
-    )
-    rows += _series("servers", [({"servers": n}, _measured(middle, n, 1, False)) for n in counts])
-    rows += _series("trainers", [({"trainers": n}, _measured(middle, 2, n, False)) for n in counts])
+    rows = _series("model", [({"model": name}, (shape, 2, 1, False)) for name, shape in sizes.items()], True)
+    rows += _series("model, on disk", [({"model": name}, (shape, 2, 1, True)) for name, shape in on_disk.items()], True)
+    rows += _series("servers", [({"servers": n}, (middle, n, 1, False)) for n in counts])
+    rows += _series("trainers", [({"trainers": n}, (middle, 2, n, False)) for n in counts])
     return rows
 
 
@@ -95,11 +93,21 @@ def _measured(shape: Shape, servers: int, trainers: int, on_disk: bool) -> Measu
 Case = dict[str, str | int | float]
 
 
-def _series(name: str, found: Sequence[tuple[Case, Measured]], by_parameters: bool = False) -> list[report.Row]:
-    rows = []
-    _, first = found[0]
-    for case, one in found:
+def _series(
+    name: str, runs: Sequence[tuple[Case, tuple[Shape, int, int, bool]]], by_parameters: bool = False
+) -> list[report.Row]:
+    """runs: what `_measured` is given. One that fails is left out, and said to be."""
+    rows: list[report.Row] = []
+    first: Measured | None = None
+    for case, how in runs:
         case = {"series": name, **case}
+        try:
+            one = _measured(*how)
+        except SideError as error:
+            print(f"{case}: left out: {error}", file=sys.stderr, flush=True)
+            continue
+        first = first or one
+        print(f"{case}: {one.seconds:.2f} s a step", file=sys.stderr, flush=True)
         against = "the first of the series"
         rows.append(report.Row("step", one.seconds, "s", against, one.seconds / first.seconds, case=case))
         if by_parameters:
