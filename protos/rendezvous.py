@@ -2,8 +2,9 @@
 
 The server listens on an abstract Unix socket of sequenced packets. A trainer connects to it before it opens its
 session and sends a token, with its own segment's file descriptor; the token in `LinkOffer` tells the server which
-connection is whose. Once the link is chosen the server sends its segment's descriptor, and from then on the
-trainer says how many regions it has read since the beginning. The end of the connection tells each side that
+connection is whose. Once the link is chosen the server sends the descriptors of its segment and of two
+streams, for pulls and pushes (`local_messages`), and from then on the trainer says over the connection how many
+regions it has read since the beginning. The end of the connection tells each side that
 the other is gone, however it ended.
 """
 
@@ -66,16 +67,20 @@ def check_peer(connection: socket.socket) -> None:
         raise PermissionError(f"trainer and server are of different users ({uid} and {os.geteuid()})")
 
 
-def send_segment(connection: socket.socket, word: str, fd: int) -> None:
-    socket.send_fds(connection, [word.encode("ascii")], [fd])
+def send_files(connection: socket.socket, word: str, *fds: int) -> None:
+    socket.send_fds(connection, [word.encode("ascii")], fds)
 
 
-def receive_segment(connection: socket.socket) -> tuple[str, int]:
-    """What the other end sent with `send_segment`. Raises OSError when it sent something else, or nothing."""
-    data, fds, _, _ = socket.recv_fds(connection, _MAX_PACKET_BYTES, 1, socket.MSG_CMSG_CLOEXEC)
-    if len(fds) != 1:
-        raise OSError("the other end closed the connection" if not data else "the other end sent no segment")
-    return data.decode("ascii", "replace"), fds[0]
+def receive_files(connection: socket.socket, count: int) -> tuple[str, list[int]]:
+    """What the other end sent with `send_files`. Raises OSError when it sent something else, or nothing."""
+    data, fds, _, _ = socket.recv_fds(connection, _MAX_PACKET_BYTES, count, socket.MSG_CMSG_CLOEXEC)
+    if len(fds) != count:
+        for fd in fds:
+            os.close(fd)
+        raise OSError(
+            "the other end closed the connection" if not data else f"the other end sent {len(fds)} files, not {count}"
+        )
+    return data.decode("ascii", "replace"), fds
 
 
 def encode_count(count: int) -> bytes:

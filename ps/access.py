@@ -109,17 +109,18 @@ class Access:
             raise AccessDenied(f"the session of {session.who} of job {session.job!r} was begun with another token")
         session.owner = caller.identity
 
-    def check_session(self, method: str, caller: Rules, session: Session | None) -> None:
-        """session: None where the server knows none of that id, which is for the call itself to say."""
+    def check_session(self, method: str, identity: bytes, session: Session | None) -> None:
+        """identity: of the caller. session: None where the server knows none of that id, which is for the call itself
+        to say."""
         row = CALLS[method]
         # The file may have changed since a stream began.
-        current = self._tokens.value.known(caller.identity)
+        current = self._tokens.value.known(identity)
         if current is None:
             raise Unauthenticated("this server does not know the token any more that the call came with")
         if session is None:
             self.check_call(method, current)
             return
-        if session.owner != caller.identity:
+        if session.owner != identity:
             raise AccessDenied(f"{method} names a session that was opened with another token")
         if session.read_only and row.right > Right.READ:
             raise AccessDenied(

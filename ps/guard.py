@@ -154,7 +154,7 @@ class Guard:
                 head = request.header
             # What is only data belongs to the header before it.
             if isinstance(head, (pb.PullRequest, pb.PushHeader)):
-                self._access.check_session(method, caller, self._session_of(head.session_id))
+                self._access.check_session(method, caller.identity, self._session_of(head.session_id))
             yield request
 
     def _caller(self, context: grpc.ServicerContext) -> Rules:
@@ -167,7 +167,7 @@ class Guard:
 
     def _checked(self, context: grpc.ServicerContext, method: str, caller: Rules, session_id: str) -> None:
         try:
-            self._access.check_session(method, caller, self._session_of(session_id))
+            self._access.check_session(method, caller.identity, self._session_of(session_id))
         except ServerError as error:
             _abort(context, error)
 

@@ -8,13 +8,7 @@ from google.protobuf.message_factory import GetMessageClass
 from protos import MAX_MESSAGE_BYTES, frames, zero_ps_pb2
 from ps.guard import Guard
 from ps.service import ParameterServer
-from ps.unreadable import reader
-
-_MAX_BYTES = 24 << 20
-"""Of every request but a manifest. The largest are an optimizer's groups, and what ranks exchange at a barrier.
-
-A message may take many times its own size once it is read, so that small ones are not to be large.
-"""
+from ps.unreadable import MAX_REQUEST_BYTES, reader
 
 _SERVICE = zero_ps_pb2.DESCRIPTOR.services_by_name["ParameterServer"]
 
@@ -31,12 +25,12 @@ def add_service(service: ParameterServer, server: grpc.Server, guard: Guard | No
             behaviour = (guard.stream if method.client_streaming else guard.unary)(method.name, behaviour)
         if method.client_streaming:
             decode = reader(
-                method.name, frames.decode_push if method.name == "Push" else request.FromString, _MAX_BYTES
+                method.name, frames.decode_push if method.name == "Push" else request.FromString, MAX_REQUEST_BYTES
             )
             handlers[method.name] = grpc.stream_stream_rpc_method_handler(behaviour, decode, frames.encode)
         else:
             response = GetMessageClass(method.output_type)
-            most = MAX_MESSAGE_BYTES if method.name == "OpenJob" else _MAX_BYTES
+            most = MAX_MESSAGE_BYTES if method.name == "OpenJob" else MAX_REQUEST_BYTES
             handlers[method.name] = grpc.unary_unary_rpc_method_handler(
                 behaviour, reader(method.name, request.FromString, most), response.SerializeToString
             )

@@ -83,7 +83,7 @@ class Server:
             options.server.links, options.server.advertise, dict.fromkeys(security.kept_in_tls, PLAIN_LINKS_REASON)
         )
         self._security = security
-        self._service = ParameterServer(self._jobs, self._links)
+        self._service = ParameterServer(self._jobs, self._links, security.access)
         self._health = health.HealthServicer()
         self._grpc = grpc.server(
             # A stream or a wait occupies a thread. They are started on demand.

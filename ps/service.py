@@ -11,6 +11,7 @@ import grpc
 from protos import PROTOCOL_VERSION, SESSION_METADATA
 from protos import zero_ps_pb2 as pb
 from protos.frames import Data
+from ps.access import Access
 from ps.assembly import Applicant
 from ps.commits import CommitRequest, announce, commit, restore
 from ps.errors import Conflict, InvalidRequest, ServerError
@@ -23,6 +24,7 @@ from ps.places import Place, Places
 from ps.process import memory_bytes
 from ps.pull import answer_pulls
 from ps.push import answer_pushes, check_rank_0
+from ps.session_streams import SessionStreams
 from ps.sessions import Session
 from ps.state_access import clear_state, list_state
 from ps.statuses import as_server_error, status_code, status_message
@@ -96,9 +98,11 @@ def _patience(seconds: float, context: grpc.ServicerContext) -> Patience:
 class ParameterServer:
     """See protos/zero_ps.proto for what each call does."""
 
-    def __init__(self, jobs: Jobs, links: Links) -> None:
+    def __init__(self, jobs: Jobs, links: Links, access: Access | None = None) -> None:
+        """access: asked before requests that do not come over gRPC; None where everybody may do everything."""
         self._jobs = jobs
         self._links = links
+        self._access = access
         self.traffic = Traffic()
 
     @_at_once
@@ -191,6 +195,8 @@ class ParameterServer:
             chosen.link.close()
             raise
         job.use_link(session, chosen)
+        streams = SessionStreams(self._jobs, self.traffic, session, self._access)
+        chosen.link.serve(streams.pull, streams.push)
         shard = job.shard
         return pb.OpenSessionResponse(
             session_id=session.id,

@@ -11,6 +11,12 @@ from ps.errors import InvalidRequest, ServerError, ServerFull
 
 Message = TypeVar("Message")
 
+MAX_REQUEST_BYTES = 24 << 20
+"""Of every request but a manifest. The largest are an optimizer's groups, and what ranks exchange at a barrier.
+
+A message may take many times its own size once it is read, so that small ones are not to be large.
+"""
+
 
 @dataclass(frozen=True)
 class Unreadable:

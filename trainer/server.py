@@ -46,6 +46,8 @@ class Server:
         self.address = address
         self._credentials = credentials
         self.session_id = ""
+        # Called where a heartbeat finds out that the server is gone: a link that does not notice by itself.
+        self.on_lost: Callable[[Exception], None] | None = None
         # What the server said of the kinds of link that it allows.
         self.links: Sequence[pb.ServerLink] = ()
         # By job, the newest group of trainers that the server knew of.
@@ -98,12 +100,10 @@ class Server:
         self.in_training = {job.name for job in status.jobs if any(not each.read_only for each in job.sessions)}
         return status
 
-    def stream(
-        self, method: str, requests: Iterator[Any], encode: Callable[[Any], bytes], decode: Callable[[bytes], Any]
-    ) -> Any:
-        """A bidirectional stream; its responses are an iterator that can be cancelled."""
+    def stream(self, method: str, requests: Iterator[bytes]) -> Any:
+        """A bidirectional stream of encoded messages; its responses are an iterator that can be cancelled."""
         metadata = (*self._metadata, (SESSION_METADATA, self.session_id))
-        return self._channel.stream_stream(f"/{_SERVICE}/{method}", encode, decode)(requests, metadata=metadata)
+        return self._channel.stream_stream(f"/{_SERVICE}/{method}", None, None)(requests, metadata=metadata)
 
     def start(self, method: str, request: object, timeout: float) -> "grpc.Future[Any]":
         """Sends a unary call and returns its future."""

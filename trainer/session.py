@@ -11,7 +11,15 @@ import grpc
 
 from protos import PROTOCOL_VERSION
 from protos import zero_ps_pb2 as pb
-from trainer.errors import DeadlineExceeded, RequestRefused, SessionLost, TokenUnknown, TrainerLost, ZeroPsError
+from trainer.errors import (
+    DeadlineExceeded,
+    RequestRefused,
+    ServerLost,
+    SessionLost,
+    TokenUnknown,
+    TrainerLost,
+    ZeroPsError,
+)
 from trainer.membership import Place, Wish
 from trainer.server import Server, call_all, finish_all
 
@@ -105,6 +113,9 @@ class Session:
             # The server does not know the session any more. That it did not answer, or not in time, may
             # pass; whoever waits for it finds out otherwise.
             self._lost(server, error)
+        except ServerLost as error:
+            if server.on_lost is not None and not self._closed.is_set():
+                server.on_lost(error)
         except Exception:
             pass
 

@@ -1,7 +1,7 @@
 """The interface of a link on the server's side. Versions, order and errors are not its business."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -49,6 +49,11 @@ None where that cannot be said, or is not one place.
 """
 
 
+Answer = Callable[[Iterable[bytes], Callable[[], None], Callable[[], bool]], Generator[bytes, None, None]]
+"""Answers the messages of a stream, in order. The second argument ends the stream from another thread, the third one
+tells whether the trainer is gone."""
+
+
 class Link(ABC):
     """Carries the bytes of one session.
 
@@ -73,6 +78,9 @@ class Link(ABC):
         They are read before the next is asked for, and not after the push was acknowledged. Raises
         InvalidRequest for a header that names what this session does not have.
         """
+
+    def serve(self, pulls: Answer, pushes: Answer) -> None:  # noqa: B027 (those of most come over gRPC)
+        """The session is open. Has requests answered that come over the link itself."""
 
     def close(self) -> None:  # noqa: B027 (most have nothing to give up)
         """The session has ended. Safe to call twice, and with any lock held."""

@@ -9,14 +9,15 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
-from protos import rendezvous
+from protos import local_messages, rendezvous
 from protos import zero_ps_pb2 as pb
 from protos.segment import Arena, Segment
 from ps.errors import Cancelled, InvalidRequest
-from ps.links.base import Block, Claim, Link, LinkKind, LinkRefused
+from ps.links.base import Answer, Block, Claim, Link, LinkKind, LinkRefused
 from ps.links.grpc import messages
+from ps.links.local_stream import LocalStream
 from ps.rarely import Rarely
 from ps.tier import Lent
 
@@ -46,7 +47,9 @@ class ShmLink(Link):
 
     kind = "shm"
 
-    def __init__(self, arena: Arena, connection: socket.socket, segment: Segment) -> None:
+    def __init__(
+        self, arena: Arena, connection: socket.socket, segment: Segment, streams: Sequence[LocalStream]
+    ) -> None:
         self._arena = arena
         self._connection = connection
         self._segment: Segment | None = segment
@@ -55,6 +58,11 @@ class ShmLink(Link):
         self._lent: deque[Lent] = deque()
         self._read = 0
         self._closed = False
+        self._streams = streams
+
+    def serve(self, pulls: Answer, pushes: Answer) -> None:
+        for stream, answer in zip(self._streams, (pulls, pushes), strict=True):
+            stream.serve(answer)
 
     def answer(self, request_id: int, blocks: Iterable[Block | None]) -> Iterator[tuple[bytes | pb.PullResponse, int]]:
         """Lends what is large and in memory; the rest travels in messages."""
@@ -131,6 +139,8 @@ class ShmLink(Link):
                 self._lent.popleft().give_back()
         # Ended sessions are remembered for long.
         self._segment = None
+        for stream in self._streams:
+            stream.end_unserved()
 
 
 class _Connection:
@@ -186,12 +196,18 @@ class ShmKind(LinkKind):
                 segment = Segment(connection.take_fd())
             except (OSError, ValueError) as error:
                 raise LinkRefused(f"the server cannot use the trainer's memory: {error}") from None
-            link = connection.link = ShmLink(self._arena, connection.socket, segment)
-        try:
-            rendezvous.send_segment(connection.socket, "segment", self._arena.fd)
-        except OSError as error:
-            link.close()
-            raise LinkRefused(f"the server could not hand over its memory: {error}") from error
+            try:
+                pulls, pushes = local_messages.pair(), local_messages.pair()
+            except OSError as error:
+                raise LinkRefused(f"the server could not make the link's streams: {error}") from error
+            streams = (LocalStream("pull", pulls[0]), LocalStream("push", pushes[0]))
+            link = connection.link = ShmLink(self._arena, connection.socket, segment, streams)
+        with pulls[1], pushes[1]:
+            try:
+                rendezvous.send_files(connection.socket, "link", self._arena.fd, pulls[1].fileno(), pushes[1].fileno())
+            except OSError as error:
+                link.close()
+                raise LinkRefused(f"the server could not hand over its memory: {error}") from error
         return link
 
     def close(self) -> None:
@@ -260,7 +276,7 @@ class ShmKind(LinkKind):
                     raise OSError("the trainer has left")
                 connection.link.read_so_far(rendezvous.decode_count(packet))
                 return
-            token, fd = rendezvous.receive_segment(connection.socket)
+            token, (fd,) = rendezvous.receive_files(connection.socket, 1)
             with self._changed:
                 if connection.key or not token or _key(token) in self._waiting:
                     os.close(fd)

@@ -51,7 +51,7 @@ def arena() -> Arena:
 
 def greet(kind: ShmKind, arena: Arena, token: str) -> socket.socket:
     connection = rendezvous.connect(kind.listening().address, 5)
-    rendezvous.send_segment(connection, token, arena.fd)
+    rendezvous.send_files(connection, token, arena.fd)
     return connection
 
 
@@ -69,7 +69,9 @@ def test_no_memory_is_handed_over_before_a_session_claims_the_connection(kind: S
         with pytest.raises(TimeoutError):
             strangers.recv(1)
         claim(kind, token)
-        _, fd = rendezvous.receive_segment(mine)
+        _, (fd, *streams) = rendezvous.receive_files(mine, 3)
+        for stream in streams:
+            os.close(stream)
         os.close(fd)
         with pytest.raises(TimeoutError):
             strangers.recv(1)
@@ -96,7 +98,7 @@ def test_a_connection_cannot_be_claimed_twice_nor_greet_twice(
     token = secrets.token_hex(16)
     with greet(kind, arena, token) as first, greet(kind, arena, token) as second:
         assert second.recv(1) == b""
-        rendezvous.send_segment(first, secrets.token_hex(16), arena.fd)
+        rendezvous.send_files(first, secrets.token_hex(16), arena.fd)
         assert first.recv(1) == b""
 
 
@@ -111,7 +113,7 @@ def test_what_is_no_greeting_ends_the_connection(kind: ShmKind, tmp_path: Path) 
     file.write_bytes(bytes(100))
     with knock(address) as stranger, file.open("rb") as shrinking:
         # Who shares a file could cut it short under the server's reads.
-        rendezvous.send_segment(stranger, token, shrinking.fileno())
+        rendezvous.send_files(stranger, token, shrinking.fileno())
         with pytest.raises(LinkRefused, match="no sealed segment"):
             claim(kind, token)
 
@@ -125,8 +127,9 @@ def test_silent_connections_are_ended_and_the_oldest_make_room(
     token = secrets.token_hex(16)
     with greet(kind, arena, token) as mine:
         claim(kind, token)
-        os.close(rendezvous.receive_segment(mine)[1])
-        until(lambda: len(os.listdir("/proc/self/fd")) <= before + len(silent) + 20 + 2)
+        for fd in rendezvous.receive_files(mine, 3)[1]:
+            os.close(fd)
+        until(lambda: len(os.listdir("/proc/self/fd")) <= before + len(silent) + 20 + 4)
         assert silent[0].recv(1) == b""
         for stranger in silent:
             stranger.close()

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import grpc
 import pytest
+import torch
 
 import trainer
 from protos import zero_ps_pb2 as pb
@@ -18,6 +19,7 @@ from ps.watched import Watched
 from tests.models import Residual, batch, loss_of, seeded
 from tests.security.tokens import TOKENS
 from tests.trainer.runs import adamw
+from trainer.links import Pull
 
 GOOD, OTHER = "0123456789abcdef", "fedcba9876543210"
 
@@ -114,13 +116,16 @@ def test_a_server_takes_new_tokens_and_forgets_old_ones(start, tmp_path: Path) -
     server = start("--tokens", path)
     stays = trainer.connect(server.address, job="stays", credentials=trainer.Credentials(token=GOOD))
     goes = trainer.connect(server.address, job="goes", credentials=trainer.Credentials(token=OTHER))
-    requests: queue.SimpleQueue[pb.PullRequest | None] = queue.SimpleQueue()
-    pulls = goes.servers[0].stream(
-        "Pull", iter(requests.get, None), pb.PullRequest.SerializeToString, pb.PullResponse.FromString
-    )
-    request = pb.PullRequest(session_id=goes.servers[0].session_id)
+    requests: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+    pulls = goes.servers[0].stream("Pull", iter(requests.get, None))
+    request = pb.PullRequest(session_id=goes.servers[0].session_id).SerializeToString()
     requests.put(request)
-    assert "has no state" in next(pulls).error.message
+    assert "has no state" in pb.PullResponse.FromString(next(pulls)).error.message
+    (link,) = goes.links
+    assert link.kind == "shm"
+    pull = Pull(version=0, chunks=[(0, 0)], destinations=[torch.empty(4, dtype=torch.uint8)], dtype=None, timeout=5)
+    with pytest.raises(trainer.RequestRefused, match="has no state"):
+        link.pull(pull).result(10)
     path.write_text(f"{GOOD} train *\n")
     server.process.send_signal(signal.SIGHUP)
     server.log_with("again")
@@ -130,8 +135,9 @@ def test_a_server_takes_new_tokens_and_forgets_old_ones(start, tmp_path: Path) -
         next(pulls)
     assert error.value.code() == grpc.StatusCode.UNAUTHENTICATED
     requests.put(None)
-    with pytest.raises(trainer.AccessDenied, match="does not know th"):
-        barrier(goes)
+    for refused in (lambda: barrier(goes), lambda: link.pull(pull).result(10)):
+        with pytest.raises(trainer.AccessDenied, match="does not know th"):
+            refused()
     barrier(stays)
     path.write_text("\n")
     os.kill(server.process.pid, signal.SIGHUP)

@@ -15,6 +15,7 @@ from protos.frames import Data
 from protos.segment import Arena, Segment
 from trainer.errors import ConnectError
 from trainer.links.base import Candidate, LinkUnusable, Push
+from trainer.links.channels import SocketChannel
 from trainer.links.outbox import SMALL_BYTES, Outbox
 from trainer.links.streams import PendingPull, StreamLink
 from trainer.server import Server
@@ -28,14 +29,24 @@ _MAX_COPY_BYTES = 64 << 20
 class ShmLink(StreamLink):
     kind = "shm"
 
-    def __init__(self, server: Server, connection: socket.socket, segment: Segment, outbox: Outbox) -> None:
+    def __init__(
+        self,
+        server: Server,
+        connection: socket.socket,
+        streams: Sequence[socket.socket],
+        segment: Segment,
+        outbox: Outbox,
+    ) -> None:
+        """streams: for pulls and for pushes."""
         self._connection = connection
         # Both until the link is closed: whoever still holds a link then holds no memory with it.
         self._segment: Segment | None = segment
         self._arena: Arena | None = outbox.arena
         self._regions_read = 0
         self._leaving: dict[Future[None], Sequence[torch.Tensor]] = {}
-        super().__init__(server)
+        super().__init__(server, *(SocketChannel(server.address, stream) for stream in streams))
+        # A connection within one host does not break where the server only hangs, or its host loses the way to it.
+        server.on_lost = self.fail
 
     def push(self, push: Push) -> "Future[None]":
         sources = self._shared(push.sources)
@@ -110,7 +121,7 @@ class ShmCandidate(Candidate):
         except OSError as error:
             raise LinkUnusable(str(error)) from error
         try:
-            rendezvous.send_segment(self._connection, self._token, self._outbox.arena.fd)
+            rendezvous.send_files(self._connection, self._token, self._outbox.arena.fd)
         except OSError as error:
             self.close()
             raise LinkUnusable(f"the server did not take this trainer's memory: {error}") from error
@@ -120,7 +131,8 @@ class ShmCandidate(Candidate):
 
     def open(self, server: Server) -> ShmLink:
         try:
-            _, fd = rendezvous.receive_segment(self._connection)
+            _, (fd, *streams) = rendezvous.receive_files(self._connection, 3)
+            pulls, pushes = (socket.socket(fileno=stream) for stream in streams)
             segment = Segment(fd)
             self._connection.settimeout(None)
         except (OSError, ValueError) as error:
@@ -128,7 +140,7 @@ class ShmCandidate(Candidate):
             raise ConnectError(
                 f"server {server.address} chose shared memory and did not hand it over: {error}"
             ) from None
-        return ShmLink(server, self._connection, segment, self._outbox)
+        return ShmLink(server, self._connection, (pulls, pushes), segment, self._outbox)
 
     def close(self) -> None:
         self._connection.close()

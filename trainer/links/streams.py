@@ -1,16 +1,15 @@
-"""Two bidirectional gRPC streams, one for pulls and one for pushes: what all links to a server have in common.
+"""Two bidirectional streams, one for pulls and one for pushes: what all links to a server have in common.
 
 Order, errors and the end of a connection are dealt with here.
 """
 
-import queue
+import itertools
 import threading
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
 
 import grpc
 import torch
@@ -19,7 +18,8 @@ from protos import MESSAGE_BYTES, dtypes, frames
 from protos import zero_ps_pb2 as pb
 from trainer.links.base import Link, Pull, Push, PushKind, Run
 from trainer.links.buffers import byte_view
-from trainer.rpc import from_rpc_error, from_stream_error
+from trainer.links.channels import Channel, GrpcChannel
+from trainer.rpc import from_stream_error
 from trainer.server import Server
 
 _PUSH_KINDS = {
@@ -93,16 +93,22 @@ class StreamLink(Link):
     Bytes travel in messages here; a subclass has better ways for those that are worth it.
     """
 
-    def __init__(self, server: Server) -> None:
+    def __init__(self, server: Server, pulls: Channel | None = None, pushes: Channel | None = None) -> None:
+        """pulls, pushes: what the streams go over; None for gRPC."""
         self.address = server.address
-        self._pulls = _PullStream(self, server)
-        self._pushes = _PushStream(self, server)
+        self._pulls = _PullStream(self, pulls or GrpcChannel(server, "Pull"), server.session_id)
+        self._pushes = _PushStream(self, pushes or GrpcChannel(server, "Push"), server.session_id)
 
     def pull(self, pull: Pull) -> "Future[None]":
         return self._pulls.submit(pull)
 
     def push(self, push: Push) -> "Future[None]":
         return self._pushes.submit(push)
+
+    def fail(self, error: Exception) -> None:
+        """The server is lost: nobody waits for it any longer."""
+        self._pulls.fail(error)
+        self._pushes.fail(error)
 
     def close(self) -> None:
         self._pulls.close()
@@ -125,68 +131,54 @@ class StreamLink(Link):
         return _messages(push.sources)
 
 
-_Outgoing = TypeVar("_Outgoing")
-_Response = TypeVar("_Response")
+class _Stream(ABC):
+    """What both directions share: a thread that reads answers, an error that ends all."""
 
-
-class _Stream(ABC, Generic[_Outgoing, _Response]):
-    """What both directions share: an outgoing queue, a thread that reads answers, an error that ends all."""
-
-    _responses: Any
-
-    def __init__(self, address: str, name: str) -> None:
+    def __init__(self, name: str, address: str, channel: Channel, session_id: str) -> None:
         self._address = address
-        self._outgoing: queue.SimpleQueue[_Outgoing | None] = queue.SimpleQueue()
+        self._channel = channel
+        self._session_id = session_id
         self._lock = threading.Lock()
         self._error: Exception | None = None
         self._next_id = 1
         self._reader = threading.Thread(target=self._read, name=f"{name} {address}", daemon=True)
-
-    def _sending(self) -> Iterator[_Outgoing]:
-        """What was submitted, until the stream fails or is closed."""
-        while (item := self._outgoing.get()) is not None:
-            yield item
+        self._reader.start()
 
     def _read(self) -> None:
         try:
-            for response in self._responses:
-                self._receive(response)
-            self._fail(from_stream_error(self._address, grpc.StatusCode.UNAVAILABLE, "the stream ended"))
-        except grpc.RpcError as error:
-            self._fail(from_rpc_error(error, self._address))
+            for message in self._channel.responses():
+                self._receive(message)
+            self.fail(from_stream_error(self._address, grpc.StatusCode.UNAVAILABLE, "the stream ended"))
         except Exception as error:  # a fault of ours must not leave anyone waiting
-            self._fail(error)
+            self.fail(error)
 
     @abstractmethod
-    def _receive(self, response: _Response) -> None: ...
+    def _receive(self, message: bytes) -> None: ...
 
     @abstractmethod
     def _outstanding(self) -> "list[Future[None]]":
         """Takes every future that is not done; called with the lock held."""
 
-    def _fail(self, error: Exception) -> None:
+    def fail(self, error: Exception) -> None:
+        """Ends the stream. Everybody who waits for an answer, or will ask for one, gets this error."""
         with self._lock:
             self._error = self._error or error
             futures = self._outstanding()
         for future in futures:
             future.set_exception(error)
-        self._outgoing.put(None)
+        self._channel.close()
 
     def close(self) -> None:
-        self._fail(from_stream_error(self._address, grpc.StatusCode.CANCELLED, "the link was closed"))
-        self._responses.cancel()
+        self.fail(from_stream_error(self._address, grpc.StatusCode.CANCELLED, "the link was closed"))
         # What it is just writing to may be other memory soon.
         self._reader.join()
 
 
-class _PullStream(_Stream[pb.PullRequest, frames.Data | pb.PullResponse]):
-    def __init__(self, link: StreamLink, server: Server) -> None:
-        super().__init__(link.address, "zero-ps pull")
+class _PullStream(_Stream):
+    def __init__(self, link: StreamLink, channel: Channel, session_id: str) -> None:
         self._link = link
-        self._session_id = server.session_id
         self._pending: deque[PendingPull] = deque()
-        self._responses = server.stream("Pull", self._sending(), frames.encode, frames.decode_pull)
-        self._reader.start()
+        super().__init__("zero-ps pull", link.address, channel, session_id)
 
     def submit(self, pull: Pull) -> "Future[None]":
         with self._lock:
@@ -199,23 +191,23 @@ class _PullStream(_Stream[pb.PullRequest, frames.Data | pb.PullResponse]):
                 pending.future.set_result(None)
                 return pending.future
             self._pending.append(pending)
-            self._outgoing.put(
-                pb.PullRequest(
-                    session_id=self._session_id,
-                    request_id=pending.request_id,
-                    version=pull.version,
-                    dtype=pb.DTYPE_UNSPECIFIED if pull.dtype is None else dtypes.from_torch(pull.dtype),
-                    chunks=[pb.ChunkRef(parameter=p, chunk=c) for p, c in pull.chunks],
-                    staged=pull.staged,
-                    array=pull.array,
-                    timeout_seconds=pull.timeout,
-                    parts=_parts(pull.runs),
-                    max_staleness=pull.max_staleness,
-                )
+            request = pb.PullRequest(
+                session_id=self._session_id,
+                request_id=pending.request_id,
+                version=pull.version,
+                dtype=pb.DTYPE_UNSPECIFIED if pull.dtype is None else dtypes.from_torch(pull.dtype),
+                chunks=[pb.ChunkRef(parameter=p, chunk=c) for p, c in pull.chunks],
+                staged=pull.staged,
+                array=pull.array,
+                timeout_seconds=pull.timeout,
+                parts=_parts(pull.runs),
+                max_staleness=pull.max_staleness,
             )
+            self._channel.send((request.SerializeToString(),))
         return pending.future
 
-    def _receive(self, response: frames.Data | pb.PullResponse) -> None:
+    def _receive(self, message: bytes) -> None:
+        response = frames.decode_pull(message)
         head = self._pending[0] if self._pending else None
         if head is None or head.request_id != response.request_id:
             raise ValueError(f"server {self._address} answered pull {response.request_id}, which nobody awaits")
@@ -234,53 +226,49 @@ class _PullStream(_Stream[pb.PullRequest, frames.Data | pb.PullResponse]):
         return futures
 
 
-class _PushStream(_Stream[tuple[int, Push], pb.PushResponse]):
-    def __init__(self, link: StreamLink, server: Server) -> None:
-        super().__init__(link.address, "zero-ps push")
+class _PushStream(_Stream):
+    def __init__(self, link: StreamLink, channel: Channel, session_id: str) -> None:
         self._link = link
-        self._session_id = server.session_id
         self._pending: dict[int, Future[None]] = {}
-        self._responses = server.stream("Push", self._messages(), frames.encode, pb.PushResponse.FromString)
-        self._reader.start()
+        super().__init__("zero-ps push", link.address, channel, session_id)
 
     def submit(self, push: Push) -> "Future[None]":
         future: Future[None] = Future()
+        failure: Exception | None = None
         with self._lock:
             if self._error is not None:
                 future.set_exception(self._error)
                 return future
-            request_id = self._next_id
-            self._next_id += 1
-            self._pending[request_id] = future
-            self._outgoing.put((request_id, push))
-        return future
-
-    def _messages(self) -> Iterator[bytes | pb.PushRequest]:
-        for request_id, push in self._sending():
-            header = pb.PushHeader(
-                session_id=self._session_id,
-                request_id=request_id,
-                kind=_PUSH_KINDS[push.kind],
-                step=push.step,
-                dtype=dtypes.from_torch(push.dtype),
-                chunks=[pb.ChunkRef(parameter=p, chunk=c) for p, c in push.chunks],
-                sequence=push.sequence,
-                final=push.final,
-                array=push.array,
-                chunk_bytes=[s.numel() for s in push.sources] if push.kind is PushKind.STAGED else (),
-                parts=_parts(push.runs),
-            )
+            header = self._header(push)
+            self._pending[header.request_id] = future
             try:
                 messages = self._link._pack(push, header)
+                self._channel.send(itertools.chain((pb.PushRequest(header=header).SerializeToString(),), messages))
             except Exception as error:  # a fault of ours must not leave anyone waiting
-                self._fail(error)
-                return
-            yield pb.PushRequest(header=header)
-            yield from messages
-            # Held here it would keep the last tensors alive until the next push.
-            del push
+                failure = error
+        if failure is not None:
+            self.fail(failure)
+        return future
 
-    def _receive(self, response: pb.PushResponse) -> None:
+    def _header(self, push: Push) -> pb.PushHeader:
+        request_id = self._next_id
+        self._next_id += 1
+        return pb.PushHeader(
+            session_id=self._session_id,
+            request_id=request_id,
+            kind=_PUSH_KINDS[push.kind],
+            step=push.step,
+            dtype=dtypes.from_torch(push.dtype),
+            chunks=[pb.ChunkRef(parameter=p, chunk=c) for p, c in push.chunks],
+            sequence=push.sequence,
+            final=push.final,
+            array=push.array,
+            chunk_bytes=[s.numel() for s in push.sources] if push.kind is PushKind.STAGED else (),
+            parts=_parts(push.runs),
+        )
+
+    def _receive(self, message: bytes) -> None:
+        response = pb.PushResponse.FromString(message)
         with self._lock:
             future = self._pending.pop(response.request_id, None)
         if future is None:
