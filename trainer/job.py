@@ -259,6 +259,10 @@ class Job:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        if error is not None and not isinstance(error, Exception):
+            # Ctrl-C: who is to end at once waits for no commit.
+            self._disconnect()
+            return
         try:
             self.close()
         except ZeroPsError as failed:

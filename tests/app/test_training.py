@@ -173,3 +173,26 @@ def test_training_goes_on_when_a_server_comes_back_and_stops_for_sigterm(job_nam
         assert re.search(r"^lost at step \d+: server ", said[0], re.MULTILINE), said[0]
         assert re.search(r"^going on at step \d+, from a commit$", said[0], re.MULTILINE), said[0]
         assert [line["step"] for line in steps_of(log)] == list(range(1, len(steps_of(log)) + 1))
+
+
+def test_a_second_sigterm_ends_training_at_once_though_a_server_hangs(job_name: str, tmp_path: Path) -> None:
+    log = tmp_path / "log.jsonl"
+    flags = ["--job", job_name, "--steps", "100000", "--commit-every", "1", "--step-log", str(log)]
+    with LocalCluster(servers=1, data_dir=tmp_path / "state") as cluster:
+        process = start(cluster, 0, 1, *flags)
+        until = time.monotonic() + 60
+        while not (log.exists() and len(log.read_text().splitlines()) >= 3):
+            assert time.monotonic() < until and process.poll() is None
+            time.sleep(0.05)
+        os.kill(cluster.pid(0), signal.SIGSTOP)
+        try:
+            process.send_signal(signal.SIGTERM)
+            # One that comes at once is the same keystroke.
+            time.sleep(2.5)
+            assert process.poll() is None, "it waits for its step"
+            process.send_signal(signal.SIGTERM)
+            said = process.communicate(timeout=40)[0]
+        finally:
+            os.kill(cluster.pid(0), signal.SIGCONT)
+    assert process.returncode == 130, said
+    assert "interrupted at once; what the last commit has is safe" in said
