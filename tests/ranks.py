@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import socket
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -56,6 +57,13 @@ def start_rank(
         stderr=forks.STDOUT,
         text=True,
     )
+
+
+def free_port() -> int:
+    """A port of this host at which a process group may be formed."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
 
 
 def _main() -> None:

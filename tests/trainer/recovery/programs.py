@@ -1,5 +1,6 @@
 """Trainers that recover, for the tests of recovery (see `tests.ranks`)."""
 
+import gc
 import os
 import time
 import traceback
@@ -37,8 +38,10 @@ class Plain:
     losses: by step, of each rank.
     """
 
-    def __init__(self, world_sizes: Callable[[int], int] = lambda step: 1) -> None:
-        self.model = seeded(Residual)
+    def __init__(
+        self, world_sizes: Callable[[int], int] = lambda step: 1, make: Callable[[], nn.Module] = Residual
+    ) -> None:
+        self.model = seeded(make)
         self.losses: list[list[float]] = []
         self._optimizer = torch.optim.AdamW(self.model.parameters(), lr=LR, fused=True)
         self._world_sizes = world_sizes
@@ -150,6 +153,20 @@ def steps(
         }
     note("ended")
     return result
+
+
+def end_without_close(addresses: list[str], job: str) -> None:
+    """Trains a step in a function that forgets about the job."""
+
+    def main() -> None:
+        connection = trainer.connect(addresses, job=job)
+        model = trainer.offload(seeded(Residual), connection)
+        optimizer = adamw(model)
+        loss_of(model, batch(0)).backward()
+        optimizer.step()
+
+    main()
+    gc.collect()
 
 
 def join_process_group(port: int) -> None:

@@ -1,13 +1,13 @@
 """Group mode: a trainer is lost, the others are told which, and all are started again and go on from the servers."""
 
 import signal
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from ps import LocalCluster
+from tests.ranks import free_port
 from tests.trainer.recovery.processes import Trainers, check
 
 STEPS, COMMITTED, LOST = 6, 2, 4
@@ -24,12 +24,6 @@ def trainers(cluster: LocalCluster, job_name: str, tmp_path: Path) -> Iterator[T
     trainers = Trainers(cluster, job_name, tmp_path)
     yield trainers
     trainers.close()
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 @pytest.mark.parametrize(

@@ -96,6 +96,21 @@ def test_an_elastic_job_shrinks_and_grows(trainers: Trainers) -> None:
     assert results["1 later"]["lost"] == []
 
 
+def test_the_trainers_of_an_elastic_job_go_on_together_when_shard_0_was_started_again(
+    trainers: Trainers, cluster: LocalCluster
+) -> None:
+    arguments: dict[str, Any] = {"elastic": True, "commit_at": 2}
+    trainers.start("0", **arguments)
+    trainers.start("1", **arguments, stall=3, stall_seconds=1.0)
+    trainers.notes("1").wait_for("stalled")
+    cluster.restart(0)
+    results = trainers.results()
+    check(results, 6)
+    for result in results.values():
+        assert result["rewinds"] == [2] and len(result["lost"]) >= 1
+        assert {size for _, size in result["places"].values()} == {2}
+
+
 def test_elastic_and_fixed_trainers_do_not_mix(cluster: LocalCluster, job_name: str) -> None:
     refused = pytest.raises(trainer.RequestRefused, match="connects to job .* without elastic")
     with trainer.connect(cluster.addresses, job=job_name, elastic=True), refused:
