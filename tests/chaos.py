@@ -11,24 +11,26 @@ import os
 import queue
 import random
 import signal
-import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 
 from ps import LocalCluster
+from ps.tools.certs import make_certs
 from ps.tools.verification import verify
+from tests.forks import Process
 from tests.models import Residual, batch, loss_of, seeded
 from tests.proxy import Proxy
-from tests.ranks import start_rank
+from tests.ranks import free_port, start_rank
 from tests.trainer.chaos_rank import RESTART
 
 SERVERS = 2
@@ -50,11 +52,44 @@ FAULTS = {
 """Kinds, and how often each comes."""
 
 
-class Undisturbed:
-    """The same run in plain torch: losses by step and rank, parameters by step."""
+@dataclass(frozen=True)
+class Variant:
+    """What kind of training it is.
 
-    def __init__(self, world_size: int) -> None:
-        self._world_size = world_size
+    trainers: to begin with, where it is elastic. group: they move parameters together. secured: with mutual TLS and
+    tokens. staleness: with more than 0 there is no result that could be compared; it has to be finite.
+    commit_every: steps. links: kinds that trainers may use; shm goes around the proxies. memory: of each server.
+    """
+
+    trainers: int = 1
+    elastic: bool = False
+    group: bool = False
+    secured: bool = False
+    staleness: int = 0
+    commit_every: int = 4
+    links: tuple[str, ...] | None = ("grpc",)
+    memory: str | None = None
+
+
+VARIANTS = {
+    "one": Variant(),
+    "two": Variant(trainers=2),
+    "elastic": Variant(trainers=2, elastic=True),
+    "group": Variant(trainers=2, group=True),
+    "secured": Variant(trainers=2, secured=True),
+    "stale": Variant(trainers=2, staleness=2),
+    "few-commits": Variant(trainers=2, commit_every=23),
+}
+
+
+class Undisturbed:
+    """The same run in plain torch: losses by step and rank, parameters by step.
+
+    world_sizes: how many trainers made a step.
+    """
+
+    def __init__(self, world_sizes: Callable[[int], int]) -> None:
+        self._world_sizes = world_sizes
         self._model = seeded(Residual)
         self._optimizer = torch.optim.AdamW(self._model.parameters(), lr=1e-2, fused=True)
         self._losses: list[list[float]] = []
@@ -66,15 +101,15 @@ class Undisturbed:
 
     def parameters(self, step: int) -> dict[str, torch.Tensor]:
         """After so many steps; asked for once, in the end."""
-        again = Undisturbed(self._world_size)
+        again = Undisturbed(self._world_sizes)
         for number in range(step):
             again._step(number)
         return {name: param.detach() for name, param in again._model.named_parameters()}
 
     def _step(self, step: int) -> None:
-        losses = []
+        losses, size = [], self._world_sizes(step)
         totals: list[torch.Tensor | None] = [None] * len(list(self._model.parameters()))
-        for tokens in batch(step).chunk(self._world_size):
+        for tokens in batch(step).chunk(size):
             loss = loss_of(self._model, tokens)
             gradients = torch.autograd.grad(loss, list(self._model.parameters()), allow_unused=True)
             for number, gradient in enumerate(gradients):
@@ -83,7 +118,7 @@ class Undisturbed:
                     totals[number] = gradient.clone() if total is None else total.add_(gradient)
             losses.append(loss.item())
         for param, total in zip(self._model.parameters(), totals, strict=True):
-            param.grad = total if total is None or self._world_size == 1 else total.div_(self._world_size)
+            param.grad = total if total is None or size == 1 else total.div_(size)
         self._optimizer.step()
         self._losses.append(losses)
 
@@ -123,25 +158,32 @@ class Rank:
         self.done = False
         self.killed = False
         self.output: list[str] = []
-        self.process: subprocess.Popen[str]
-        self.start()
+        self.process: Process
 
-    def start(self) -> None:
+    def start(self, port: int = 0) -> None:
+        """port: where the process group is formed, in group mode."""
+        variant = self._chaos.variant
         self.killed = False
         self.process = start_rank(
             "trainer.chaos_rank:run",
             [proxy.address for proxy in self.proxies],
             self.rank,
-            self._chaos.world_size,
+            variant.trainers,
             self._chaos.folder / "unused.pt",
             stop_file=str(self._chaos.stop_file),
             found=str(self.result),
-            links=self._chaos.links,
-            patience=DEADLINE_SECONDS / 2,
+            links=variant.links and list(variant.links),
+            # In group mode nobody is started again before all have ended.
+            patience=30.0 if variant.group else DEADLINE_SECONDS / 2,
+            elastic=variant.elastic,
+            port=port,
+            secrets=str(self._chaos.secrets or ""),
+            staleness=variant.staleness,
+            commit_every=variant.commit_every,
         )
         threading.Thread(target=self._listen, args=(self.process,), daemon=True).start()
 
-    def _listen(self, process: "subprocess.Popen[str]") -> None:
+    def _listen(self, process: Process) -> None:
         assert process.stdout is not None
         for line in process.stdout:
             self.output = [*self.output[-200:], line]
@@ -154,13 +196,15 @@ class Rank:
     def _hear(self, words: list[str]) -> None:
         tally, kind = self._chaos.tally, words[0]
         if kind == "step":
-            step = int(words[1])
-            expected = self._chaos.undisturbed_loss(step, self.rank)
-            if float.fromhex(words[2]) != expected:
-                self._chaos.wrong = f"rank {self.rank}, step {step}: {words[2]}, undisturbed {expected.hex()}"
+            step, rank, world_size = map(int, words[1:4])
+            self._chaos.sizes[step] = world_size
+            self._chaos.check_loss(step, rank, words[4])
             self.steps += 1
             self.at = step
             tally.steps += 1
+        elif kind == "made":
+            # Its answer was lost. If another one has seen it, that one knows.
+            self._chaos.sizes.setdefault(int(words[1]), int(words[3]))
         elif kind == "rewound":
             tally.rewinds += 1
         elif kind == "lost":
@@ -177,39 +221,56 @@ class Rank:
 
 
 class Chaos:
-    """A cluster and its trainers. links: kinds that trainers may use; shm goes around the proxies."""
+    """A cluster and its trainers.
 
-    def __init__(
-        self,
-        folder: Path,
-        seed: int,
-        world_size: int,
-        links: list[str] | None,
-        memory: str | None,
-        say: Callable[[str], None],
-    ) -> None:
+    sizes: how many trainers made each step, as the last one said that made it.
+    """
+
+    def __init__(self, folder: Path, seed: int, variant: Variant, say: Callable[[str], None]) -> None:
         self.folder = folder
-        self.world_size = world_size
-        self.links = links
+        self.variant = variant
+        self.secrets: Path | None = None
         self.tally = Tally()
         self.stop_file = folder / "stop-at"
         self.ended: queue.SimpleQueue[Rank] = queue.SimpleQueue()
         self.wrong: str | None = None
+        self.sizes: dict[int, int] = {}
         self._say = say
         self._random = random.Random(seed)
-        self._undisturbed, self._undisturbed_lock = Undisturbed(world_size), threading.Lock()
+        self._undisturbed = Undisturbed(lambda step: self.sizes[step] if variant.elastic else variant.trainers)
+        self._undisturbed_lock = threading.Lock()
         self._stack = ExitStack()
+        if variant.secured:
+            self.secrets = folder / "secrets"
+            make_certs(self.secrets, [], timedelta(days=2))
         self._cluster = self._stack.enter_context(
-            LocalCluster(SERVERS, data_dir=folder / "data", lease=LEASE_SECONDS, memory=memory)
+            LocalCluster(
+                SERVERS,
+                data_dir=folder / "data",
+                lease=LEASE_SECONDS,
+                memory=variant.memory,
+                tls=self.secrets,
+                tokens=self.secrets and self.secrets / "tokens",
+            )
         )
-        self._ranks: list[Rank] = []
-        for rank in range(world_size):
-            self._ranks.append(made := Rank(self, rank, self._cluster.addresses))
-            self._stack.callback(made.close)
+        self._ranks = [Rank(self, rank, self._cluster.addresses) for rank in range(variant.trainers)]
+        self._start(self._ranks)
+        for rank in self._ranks:
+            self._stack.callback(rank.close)
 
-    def undisturbed_loss(self, step: int, rank: int) -> float:
+    def _start(self, ranks: Sequence[Rank]) -> None:
+        port = free_port() if self.variant.group else 0
+        for rank in ranks:
+            rank.start(port)
+
+    def check_loss(self, step: int, rank: int, found: str) -> None:
+        """Notes a loss that is not that of the undisturbed run, where that is known by now."""
+        if self.variant.elastic or self.variant.staleness:
+            return
         with self._undisturbed_lock:
-            return self._undisturbed.loss(step, rank)
+            expected = self._undisturbed.loss(step, rank)
+        if float.fromhex(found) != expected:
+            self.wrong = f"rank {rank}, step {step}: {found}, undisturbed {expected.hex()}"
 
     def run(self, faults: int) -> Tally:
         with self._stack:
@@ -287,7 +348,20 @@ class Chaos:
         if not rank.killed:
             assert status == RESTART, f"rank {rank.rank} ended with {status}:\n{''.join(rank.output)}"
             self.tally.gave_up += 1
-        rank.start()
+        if not self.variant.group:
+            self._start([rank])
+            return
+        # As torchrun does, but the others are to find out by themselves.
+        end = time.monotonic() + DEADLINE_SECONDS
+        late = {other for other in self._ranks if other is not rank}
+        while late:
+            assert time.monotonic() < end, self._describe(sorted(late, key=lambda each: each.rank))
+            with suppress(queue.Empty):
+                other = self.ended.get(timeout=0.2)
+                status = other.process.returncode
+                assert other.killed or status == RESTART, f"rank {other.rank}, {status}:\n{''.join(other.output)}"
+                late.discard(other)
+        self._start(self._ranks)
 
     def _wait_for_steps(self, count: int) -> None:
         """Returns when every trainer has made so many steps from here on."""
@@ -316,10 +390,11 @@ class Chaos:
             assert time.monotonic() < end, self._describe(late)
         assert self.wrong is None, self.wrong
         self.tally.final_step = last
-        expected = self._undisturbed.parameters(last)
+        expected = {} if self.variant.staleness else self._undisturbed.parameters(last)
         for rank in self._ranks:
             found = torch.load(rank.result)
             assert found["step"] == last, (rank.rank, found["step"], last)
+            assert all(value.isfinite().all() for value in found["params"].values())
             for name, value in expected.items():
                 assert torch.equal(found["params"][name], value), f"rank {rank.rank}: {name} differs"
         for rank in self._ranks:
@@ -334,37 +409,30 @@ def _signal(pid: int, number: int) -> None:
 
 
 def chaos(
-    faults: int,
-    seed: int,
-    folder: Path,
-    *,
-    trainers: int = 1,
-    links: list[str] | None = None,
-    memory: str | None = None,
-    say: Callable[[str], None] = print,
+    faults: int, seed: int, folder: Path, variant: Variant = VARIANTS["one"], say: Callable[[str], None] = print
 ) -> Tally:
     """Raises AssertionError for whatever is not as it has to be."""
-    return Chaos(folder, seed, trainers, links, memory, say).run(faults)
+    return Chaos(folder, seed, variant, say).run(faults)
 
 
-def storm(
-    faults: int, seed: int, trainers: int | None = None, links: list[str] | None = None, memory: str | None = None
-) -> None:
-    """So many faults in all, half of them with one trainer and half with two; says what came of it."""
-    half = faults // 2
-    plans = [(faults, trainers)] if trainers else [(half, 1), (faults - half, 2)]
-    for number, world_size in plans:
+def storm(faults: int, seed: int, variants: Mapping[str, Variant]) -> None:
+    """So many faults in all, each variant its share; says what came of it."""
+    for number, (name, variant) in enumerate(variants.items()):
+        share = faults // len(variants) + (number < faults % len(variants))
         began = time.monotonic()
         with tempfile.TemporaryDirectory(prefix="zero-ps-chaos-") as folder:
-            say = functools.partial(print, flush=True)
-            tally = chaos(number, seed, Path(folder), trainers=world_size, links=links, memory=memory, say=say)
-        print(f"chaos: {world_size} trainer(s): {tally}; in {time.monotonic() - began:.0f} s", flush=True)
+            tally = chaos(share, seed, Path(folder), variant, functools.partial(print, flush=True))
+        print(f"chaos: {name}: {tally}; in {time.monotonic() - began:.0f} s", flush=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--faults", type=int, default=100, help="in all (default: %(default)s)")
-    parser.add_argument("--trainers", type=int, default=None, help="(default: half of the faults with 1, half with 2)")
+    parser.add_argument(
+        "--variants",
+        default=",".join(VARIANTS),
+        help="which training, among which the faults are divided (default: %(default)s)",
+    )
     parser.add_argument("--seed", type=int, default=None, help="(default: one of its own)")
     parser.add_argument(
         "--links",
@@ -376,7 +444,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     seed = random.SystemRandom().randrange(1 << 32) if options.seed is None else options.seed
     torch.set_num_threads(1)
     print(f"chaos: {options.faults} faults, --seed {seed}", flush=True)
-    storm(options.faults, seed, options.trainers, options.links.split(","), options.memory)
+    links = tuple(options.links.split(","))
+    chosen = {name: VARIANTS[name] for name in options.variants.split(",")}
+    chosen = {name: replace(variant, links=links, memory=options.memory) for name, variant in chosen.items()}
+    storm(options.faults, seed, chosen)
     print("chaos: all is as it has to be")
     return 0
 

@@ -21,7 +21,7 @@ import torch
 import trainer
 from ps import LocalCluster
 from ps.tools.verification import verify
-from tests.chaos import storm
+from tests.chaos import VARIANTS, storm
 from tests.models import Residual, seeded, train
 
 JOB = "soak"
@@ -193,7 +193,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"soak: {done} kills and {steps} steps in {seconds:.0f} s, and all is as it has to be")
     if options.faults:
         print(f"soak: {options.faults} faults of every kind, to servers, trainers and what is between them", flush=True)
-        storm(options.faults, seed, links=["grpc"])
+        storm(options.faults, seed, VARIANTS)
     return 0
 
 

@@ -4,14 +4,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.chaos import chaos
+from tests.chaos import VARIANTS, chaos
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(("trainers", "seed"), [(1, 6), (2, 3)])
+@pytest.mark.parametrize(("variant", "seed"), [("one", 6), ("two", 3), ("elastic", 3)])
 def test_whatever_is_killed_stopped_or_cut_off_the_result_is_that_of_an_undisturbed_run(
-    tmp_path: Path, trainers: int, seed: int
+    tmp_path: Path, variant: str, seed: int
 ) -> None:
-    tally = chaos(3, seed, tmp_path, trainers=trainers, links=["grpc"])
+    tally = chaos(3, seed, tmp_path, VARIANTS[variant])
     assert tally.faults.total() == 3 and tally.final_step > 6
