@@ -27,6 +27,7 @@ SERVERS = ["--servers", "127.0.0.1:1"]
         ([*SERVERS, "--heads", "7"], "512 is not one of 7"),
         ([*SERVERS, "--data", "nowhere/at/all"], "nowhere/at/all: there is no such file or folder"),
         ([*SERVERS, "--dtype", "int8"], "--dtype"),
+        ([*SERVERS, "--max-staleness", "-1"], "--max-staleness: has to be at least 0, not -1"),
     ],
 )
 def test_a_bad_flag_exits_with_2_and_says_which(

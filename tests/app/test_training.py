@@ -59,6 +59,14 @@ def test_two_trainers_train_and_report(cluster: LocalCluster, job_name: str, tmp
     assert "step" not in said[1], "only rank 0 reports"
 
 
+def test_trainers_have_to_agree_how_far_they_may_be_ahead(cluster: LocalCluster, job_name: str) -> None:
+    flags = ["--job", job_name, "--steps", "3", "--max-staleness"]
+    processes = [start(cluster, rank, 2, *flags, str(rank + 1)) for rank in range(2)]
+    said = "".join(process.communicate(timeout=100)[0] for process in processes)
+    assert 0 not in [process.returncode for process in processes]
+    assert "max_staleness" in said
+
+
 def test_a_second_run_sees_the_data_and_makes_the_steps_of_one_that_never_stopped(
     cluster: LocalCluster, job_name: str, tmp_path: Path
 ) -> None:

@@ -33,6 +33,7 @@ class Settings:
     recover_timeout: float
     credentials: trainer.Credentials
     max_live_bytes: int | None
+    max_staleness: int
     timeline: Path | None
     step_log: Path | None
     summary: Path | None
@@ -70,6 +71,7 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
         recover_timeout=flags.recover_timeout,
         credentials=credentials,
         max_live_bytes=flags.max_live_bytes,
+        max_staleness=flags.max_staleness,
         timeline=flags.timeline,
         step_log=flags.step_log,
         summary=flags.summary,
@@ -142,6 +144,13 @@ def _parser() -> argparse.ArgumentParser:
         default=None,
         metavar="SIZE",
         help="limit for the parameters that are in memory at once, as 512MiB; none: a fixed number of elements",
+    )
+    add(
+        "--max-staleness",
+        type=_count,
+        default=0,
+        metavar="STEPS",
+        help="by how many steps trainers may be ahead of the slowest update; docs/optimizer.md says what it costs",
     )
     add("--dtype", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 where it is fast")
 

@@ -47,7 +47,9 @@ def train(settings: Settings) -> int:
         torch.manual_seed(settings.seed)
         with job.init():
             model = GPT(settings.model)
-        config = trainer.OffloadConfig(param_dtype=dtype, max_live_bytes=settings.max_live_bytes)
+        config = trainer.OffloadConfig(
+            param_dtype=dtype, max_live_bytes=settings.max_live_bytes, max_staleness=settings.max_staleness
+        )
         trainer.offload(model, job, config, device=device)
         optimizer = trainer.RemoteOptimizer(model.parameters(), optimizer_class, lr=settings.lr)
 
