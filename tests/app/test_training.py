@@ -60,7 +60,7 @@ def test_two_trainers_train_and_report(cluster: LocalCluster, job_name: str, tmp
 
 
 def test_trainers_have_to_agree_how_far_they_may_be_ahead(cluster: LocalCluster, job_name: str) -> None:
-    flags = ["--job", job_name, "--steps", "3", "--max-staleness"]
+    flags = ["--job", job_name, "--steps", "3", "--recover-timeout", "0", "--max-staleness"]
     processes = [start(cluster, rank, 2, *flags, str(rank + 1)) for rank in range(2)]
     said = "".join(process.communicate(timeout=100)[0] for process in processes)
     assert 0 not in [process.returncode for process in processes]
