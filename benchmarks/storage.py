@@ -75,7 +75,7 @@ def cold_pull(folder: Path, matrices: int) -> list[report.Row]:
     raw, pull = [], []
     for _ in range(5):
         with server(folder / "pull", limited(weights // 4)) as (jobs, job):
-            session = jobs.open_session("bench", 0, 1, "again", False, Patience.of(5))[1]
+            session = jobs.open_session("bench", 0, 1, "again", False, Patience.of(5), 2)[1]
             commits.restore(job, session, CommitKey(0, "a"), "b", Patience.of(PATIENCE))
             drop_caches(files)
             raw.append(timed(lambda: raw_io(files, [])))
@@ -266,7 +266,7 @@ def status_of(cluster: LocalCluster) -> pb.StatusResponse:
 def server(folder: Path, tier: Tier) -> Iterator[tuple[Jobs, Job]]:
     with DataDir(folder, 0, 1) as data_dir:
         jobs = Jobs(ServerOptions(0, 1, lease_seconds=1e6), data_dir, tier)
-        job, session = jobs.open_session("bench", 0, 1, "first", False, Patience.of(5))
+        job, session = jobs.open_session("bench", 0, 1, "first", False, Patience.of(5), 1)
         job.close_session(session)
         try:
             yield jobs, job
@@ -281,7 +281,7 @@ def limited(memory: int, policy: str = "plan") -> Tier:
 
 def opened(jobs: Jobs, matrices: int) -> Session:
     """A session whose job has all its weights."""
-    job, session = jobs.open_session("bench", 0, 1, "trainer", False, Patience.of(5))
+    job, session = jobs.open_session("bench", 0, 1, "trainer", False, Patience.of(5), 2)
     manifest = [StoredParameter(f"w{n}", (WIDTH, WIDTH), torch.float32, "parameter", True) for n in range(matrices)]
     open_job(job, session, manifest, {})
     shard = job.open_shard()

@@ -108,7 +108,7 @@ class Assembly:
     def _check_alike(self, applicant: Applicant) -> None:
         group = self._sessions.group
         kinds = {other.elastic for other in self._waiting.values()}
-        if group is not None and group.number and self._sessions.expected():
+        if group is not None and self._sessions.expected():
             kinds.add(group.elastic)
         if kinds - {applicant.elastic}:
             own, theirs = ("with", "without") if applicant.elastic else ("without", "with")
@@ -198,7 +198,7 @@ class Assembly:
             return self._missing_ranks(applicant.world_size) == []
         if self._expected():
             return False
-        if any(s.group is not None and s.group.number for s in self._sessions.expected()):
+        if self._sessions.expected():
             return True
         again = [other for other in self._waiting.values() if other.again]
         if not again:

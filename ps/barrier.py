@@ -66,16 +66,12 @@ class Barriers:
                     if rank not in trainers or trainers[rank].id not in gathering.payloads
                 ]
 
-            def give_up() -> None:
-                self._sessions.check_group(session)
-                self._sessions.check_world(session)
-
             try:
                 self._monitor.wait_until(
                     lambda: gathering.result is not None,
                     patience,
                     lambda: f"ranks {missing()[:8]} of job {session.job!r} to come to barrier {tag!r}",
-                    give_up,
+                    lambda: self._sessions.check_group(session),
                 )
             finally:
                 gathering.waiting -= 1

@@ -83,9 +83,15 @@ class Job:
         self, rank: int, world_size: int, incarnation: str, read_only: bool, patience: Patience, group: int = 0
     ) -> Session:
         """A new session, or the one that was begun with the group; see `Sessions.open`. Returns once updates that were
-        running are done."""
+        running are done.
+
+        group: as shard 0 has numbered it; for a reader nothing, as are rank and world_size.
+        """
         with self.monitor:
-            session = self.sessions.open(rank, world_size, incarnation, read_only, patience, group)
+            if read_only:
+                session = self.sessions.open_reader(incarnation)
+            else:
+                session = self.sessions.open(rank, world_size, incarnation, group)
         _log.info("job %r: session of %s opened", self.name, session.who)
         shard = self.shard
         if shard is not None:

@@ -21,8 +21,7 @@ _MAX_AHEAD = 1 << 32
 class Group:
     """Trainers that work together: what a step waits for. They come together and end together.
 
-    number: as shard 0 gave it; 0 where trainers came without one, each when it liked.
-    formed: whether everybody has been there, so that the loss of one is the end of all.
+    number: as shard 0 gave it.
     lost: why it has ended, or None.
     left: by rank, who closed its session. The others are told when they wait for it.
     """
@@ -30,7 +29,6 @@ class Group:
     number: int
     world_size: int
     elastic: bool = False
-    formed: bool = False
     lost: str | None = None
     left: dict[int, "Session"] = field(default_factory=dict)
 
@@ -150,43 +148,29 @@ class Sessions:
         self._readers: dict[str, Session] = {}
         # Of the last group that was lost: their trainers are expected to join anew, as long as they are heard of.
         self._former: list[Session] = []
-        # Trainers that were refused since the present group formed: (rank, world size, when).
-        self._refused: tuple[int, int, float] | None = None
 
     # ------------------------------------------------------------ beginning
 
-    def open(
-        self, rank: int, world_size: int, incarnation: str, read_only: bool, patience: Patience, number: int = 0
-    ) -> Session:
-        """A new session, of the group of that number. It fences an older one of the same rank, and a newer group
-        all of an older one.
+    def open(self, rank: int, world_size: int, incarnation: str, number: int) -> Session:
+        """A trainer's new session, of the group of that number; or the one that was begun with the group. A newer group
+        ends all sessions of an older one.
 
-        Raises InvalidRequest, Conflict when living trainers state another world size, and RankLost for a group that
-        has ended.
+        Raises InvalidRequest, and RankLost for a group that has ended or that the trainer has left.
         """
         check_incarnation(incarnation)
-        if read_only:
-            return self._open_reader(incarnation)
         self.check_rank(rank, world_size)
-        if number:
-            group = self._enter(number, world_size)
-        else:
-            self.wait_for_world(rank, world_size, patience)
-            group = self._arrive(rank, world_size)
+        group = self._enter(number, world_size)
         present = self._ranks.get(rank)
         if present is not None and present.incarnation == incarnation and not present.claimed:
             present.claimed = True
             return present
         if present is not None:
             self._end(present, f"a newer trainer took over rank {rank}")
-            if group.lost is not None:
-                raise RankLost(group.lost)
-        if number and rank in group.left:
+            assert group.lost is not None
+            raise RankLost(group.lost)
+        if rank in group.left:
             raise RankLost(f"rank {rank} of job {self._job!r} has left group {number}: {group.left[rank].ended}")
-        group.left.pop(rank, None)
-        session = self._add(rank, incarnation, group)
-        group.formed = group.formed or len(self._ranks) == world_size
-        return session
+        return self._add(rank, incarnation, group)
 
     def begin(self, number: int, incarnations: Sequence[str], elastic: bool) -> list[Session]:
         """The sessions of a group that was just formed, by rank; none of them is claimed yet."""
@@ -197,7 +181,9 @@ class Sessions:
             session.claimed = False
         return sessions
 
-    def _open_reader(self, incarnation: str) -> Session:
+    def open_reader(self, incarnation: str) -> Session:
+        """A session that is of no group. Raises InvalidRequest and ServerFull."""
+        check_incarnation(incarnation)
         if len(self._readers) >= self._max_readers:
             raise ServerFull(
                 f"job {self._job!r} has {self._max_readers} read-only sessions, the most it may have: half of "
@@ -217,8 +203,10 @@ class Sessions:
 
     def check_number(self, number: int) -> None:
         """Raises InvalidRequest for what cannot be the number of a group."""
-        if not 0 <= number <= self.number + _MAX_AHEAD:
-            raise InvalidRequest(f"{number} is no number of a group; this server is at {self.number}")
+        if not 1 <= number <= self.number + _MAX_AHEAD:
+            raise InvalidRequest(
+                f"{number} is no number of a group, which shard 0 gives (JoinGroup); this server is at {self.number}"
+            )
 
     def _enter(self, number: int, world_size: int) -> Group:
         """The group of a number, which may be the first that this server hears of it."""
@@ -229,24 +217,12 @@ class Sessions:
         if group is None or number > self.number:
             self.end_group("the trainers of the job joined anew, in a group that this one is not of")
             self.number = number
-            group = self.group = Group(number, world_size, formed=True)
+            group = self.group = Group(number, world_size)
             self._former.clear()
-            self._refused = None
         if group.number != number or group.lost is not None:
             raise RankLost(group.lost or f"group {number} of the trainers of job {self._job!r} has ended")
         if group.world_size != world_size:
             raise InvalidRequest(f"group {number} has {group.world_size} trainers, not {world_size}")
-        return group
-
-    def _arrive(self, rank: int, world_size: int) -> Group:
-        """The group of a trainer that comes without one."""
-        group = self.group
-        if rank in self._ranks and group is not None and group.formed:
-            self._end(self._ranks[rank], f"a newer trainer took over rank {rank}")
-        if group is None or group.number or group.lost is not None or not self._ranks:
-            self.end_group("trainers came that are of no group")
-            group = self.group = Group(0, world_size)
-            self._former.clear()
         return group
 
     def wait_for_world(self, rank: int, world_size: int, patience: Patience) -> None:
@@ -263,8 +239,6 @@ class Sessions:
             self.expire()
             for other in others():
                 if other.last_seen > arrived:
-                    self._refused = (rank, world_size, time.monotonic())
-                    self._monitor.changed()
                     raise disagreement(other.rank, other.world_size, rank, world_size)
 
         self._monitor.wait_until(
@@ -306,15 +280,12 @@ class Sessions:
             self._end_one(session, why)
 
     def _end(self, session: Session, why: str, *, alone: bool = False) -> None:
-        """Ends a session and, unless it leaves in order, its group if that was formed."""
+        """Ends a session and, unless it leaves in order, its group."""
         if session.ended is not None:
             return
         group = session.group
         self._end_one(session, why)
         if group is None or alone:
-            return
-        if not group.formed:
-            group.left[session.rank] = session
             return
         group.lost = f"rank {session.rank} of job {self._job!r} is lost: {why}"
         for other in list(self._ranks.values()):
@@ -327,7 +298,7 @@ class Sessions:
             self._readers.pop(session.id, None)
         elif self._ranks.get(session.rank) is session:
             del self._ranks[session.rank]
-            if session.group is not None and session.group.formed and session.rank not in session.group.left:
+            if session.group is not None and session.rank not in session.group.left:
                 self._former.append(session)
         self._on_end(session)
         self._monitor.changed()
@@ -364,24 +335,14 @@ class Sessions:
         """Raises RankLost when a trainer that `session` waits for is gone.
 
         without: ranks that have left and are not waited for.
-        Where trainers come one by one, one that fell silent before `session` began belongs to a former run, and its
-        successor may still be on the way.
         """
         session.check()
         group = session.group
         if group is None:
             return
         for rank, gone in sorted(group.left.items()):
-            if rank not in without and (group.number or gone.last_seen > session.opened_at):
+            if rank not in without:
                 raise RankLost(f"rank {rank} of job {self._job!r} is lost: {gone.ended}")
-
-    def check_world(self, session: Session) -> None:
-        """Raises Conflict when a rank is missing and a trainer with another world size was refused."""
-        if self._refused is None or self.trainers(session.world_size) is not None:
-            return
-        rank, world_size, when = self._refused
-        if when > session.opened_at:
-            raise disagreement(rank, world_size, session.rank, session.world_size)
 
 
 def check_incarnation(incarnation: str) -> None:

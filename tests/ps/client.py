@@ -5,6 +5,7 @@ import queue
 import threading
 import uuid
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import ClassVar
 
 import grpc
@@ -62,6 +63,10 @@ class Client:
         group: int = 0,
         incarnation: str = "",
     ) -> None:
+        """Opens a session, in a group that it joins first: with several ranks all have to come (`connect_all`).
+
+        group: the number of one that is not to be asked for. Servers that are not shard 0 take what they are told.
+        """
         self._silent = threading.Event()
         self.job = job
         self.channel = grpc.insecure_channel(
@@ -74,13 +79,27 @@ class Client:
         )
         self.stub = zero_ps_pb2_grpc.ParameterServerStub(self.channel)
         self.rank, self.world_size = rank, world_size
+        incarnation = incarnation or f"test-{next(self._ids)}"
+        if not group and not read_only and shard:
+            group = self._known_group() + 1
+        elif not group and not read_only:
+            join = pb.JoinGroupRequest(
+                protocol_version=version,
+                job=job,
+                rank=rank,
+                world_size=world_size,
+                incarnation=incarnation,
+                num_shards=num_shards,
+                timeout_seconds=timeout,
+            )
+            group = self.stub.JoinGroup(join, timeout=TIMEOUT + timeout).group
         self.opened = self.stub.OpenSession(
             pb.OpenSessionRequest(
                 protocol_version=version,
                 job=job,
                 rank=rank,
                 world_size=world_size,
-                incarnation=incarnation or f"test-{next(self._ids)}",
+                incarnation=incarnation,
                 group=group,
                 read_only=read_only,
                 shard=shard,
@@ -96,6 +115,10 @@ class Client:
         self.connected.append(self)
         if heartbeat:
             threading.Thread(target=self._beat, daemon=True).start()
+
+    def _known_group(self) -> int:
+        jobs = self.stub.Status(pb.StatusRequest(), timeout=TIMEOUT).jobs
+        return max((each.group for each in jobs if each.name == self.job), default=0)
 
     def _beat(self) -> None:
         while not self._silent.wait(self.opened.lease_seconds / 3):
@@ -292,6 +315,13 @@ def to_bytes(tensor: torch.Tensor) -> bytes:
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
+def connect_all(address: str, *, job: str = "job", world_size: int = 2) -> list[Client]:
+    """All ranks of a job, which come together."""
+    with ThreadPoolExecutor(world_size) as pool:
+        coming = [pool.submit(Client, address, job=job, rank=rank, world_size=world_size) for rank in range(world_size)]
+        return [each.result() for each in coming]
+
+
 def start_job(
     address: str,
     parameters: Mapping[str, torch.Tensor],
@@ -302,7 +332,7 @@ def start_job(
     **options,
 ) -> list[Client]:
     """All ranks of a job that is ready for its first step."""
-    clients = [Client(address, job=job, rank=rank, world_size=world_size) for rank in range(world_size)]
+    clients = connect_all(address, job=job, world_size=world_size)
     for client in clients:
         client.open_job(parameters)
     for number, tensor in enumerate(parameters.values()):

@@ -11,7 +11,7 @@ import torch
 from protos import zero_ps_pb2 as pb
 from protos.values import encode_options
 from ps import LocalCluster
-from tests.ps.client import Client, error_of, start_job
+from tests.ps.client import Client, connect_all, error_of, start_job
 
 TWO = {"a": torch.zeros(2), "b": torch.zeros(2)}
 ONES = torch.ones(2)
@@ -243,9 +243,9 @@ def test_a_trainer_lost_before_anything_moved_leaves_a_state_to_go_on_with(addre
     for client in (one, two):
         client.announce()
     one.push_gradient(0, ONES, final=True)
-    two = Client(address, job=job_name, rank=1, world_size=2)
+    two.call("EndGroup", reason="a test")
+    one, two = connect_all(address, job=job_name)
     assert two.opened.step == 0
-    one = Client(address, job=job_name, rank=0, world_size=2)
     for client in (one, two):
         client.open_job(TWO)
         client.set_optimizer(lr=1.0)
@@ -267,15 +267,13 @@ def test_a_trainer_lost_in_the_middle_of_a_step_makes_the_state_useless(address:
         client.announce()
         client.push_gradient(0, ONES, final=True)
     one.pull(0, version=1)
-    two.drop()
-    # The state is what a restore makes of it, and the half step is never seen.
-    two = Client(address, job=job_name, rank=1, world_size=2)
-    assert two.opened.step == -1
+    two.call("EndGroup", reason="a test")
     code, message = error_of(lambda: one.pull(1, version=1))
     assert code == grpc.StatusCode.ABORTED
     assert "rank 1 of job" in message
-    one = Client(address, job=job_name, rank=0, world_size=2)
-    assert one.opened.step == -1
+    # The state is what a restore makes of it, and the half step is never seen.
+    one, two = connect_all(address, job=job_name)
+    assert [one.opened.step, two.opened.step] == [-1, -1]
     two.call("Restore", step=0)
     for client in (one, two):
         client.open_job(TWO)

@@ -141,7 +141,7 @@ def test_a_server_leaves_on_sigterm_though_trainers_are_connected() -> None:
 
 def test_sigterm_lets_a_call_finish_and_a_second_one_does_not() -> None:
     with LocalCluster(1) as cluster:
-        client = Client(cluster.addresses[0], world_size=2)
+        client = Client(cluster.addresses[0], world_size=2, group=1)
         process = psutil.Process(cluster.pid(0))
         call = client.stub.Barrier.future(pb.BarrierRequest(session_id=client.session_id, tag="t", timeout_seconds=1.5))
         time.sleep(0.3)
@@ -149,7 +149,7 @@ def test_sigterm_lets_a_call_finish_and_a_second_one_does_not() -> None:
         assert call.exception().code() == grpc.StatusCode.DEADLINE_EXCEEDED, "it got its own answer"
         process.wait(5)
         cluster.restart(0)
-        client = Client(cluster.addresses[0], world_size=2)
+        client = Client(cluster.addresses[0], world_size=2, group=1)
         process = psutil.Process(cluster.pid(0))
         call = client.stub.Barrier.future(pb.BarrierRequest(session_id=client.session_id, tag="t", timeout_seconds=60))
         time.sleep(0.3)

@@ -327,7 +327,7 @@ def test_a_restore_leaves_newer_commits_until_the_next_one(address: str, job_nam
 
 def test_a_restore_of_a_trainer_that_was_replaced_meanwhile_changes_nothing(tmp_path: Path, monkeypatch) -> None:
     def session(incarnation: str) -> Session:
-        return job.open_session(0, 1, incarnation, False, Patience.of(5))
+        return job.open_session(0, 1, incarnation, False, Patience.of(5), job.sessions.number + 1)
 
     with DataDir(tmp_path, 0, 1) as data_dir:
         job = Job("gpt", ServerOptions(0, 1), data_dir.job_store("gpt"), Tier())

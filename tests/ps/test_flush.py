@@ -101,7 +101,7 @@ def job(tmp_path: Path) -> Iterator[Job]:
 @pytest.fixture
 def session(job: Job) -> Session:
     """Of a trainer whose parameters are all 0 and will be -1 after the first step, -2 after the second."""
-    session = job.open_session(0, 1, "a", False, Patience.of(5))
+    session = job.open_session(0, 1, "a", False, Patience.of(5), 1)
     # Of a size at which chunks are updated one by one.
     names = [StoredParameter(f"p{i}", (1 << 20,), torch.float32, "parameter", True) for i in range(CHUNKS)]
     open_job(job, session, names, {})

@@ -13,7 +13,7 @@ from protos import PROTOCOL_VERSION
 from protos import zero_ps_pb2 as pb
 from protos import zero_ps_pb2_grpc as pb_grpc
 from ps import LocalCluster
-from tests.ps.client import Client, error_of, start_job
+from tests.ps.client import Client, connect_all, error_of, start_job
 
 LEASE = 4.0
 W = {"w": torch.zeros(4)}
@@ -231,8 +231,7 @@ def test_nothing_that_comes_late_from_a_group_that_ended_changes_anything(addres
     one, two = start_job(address, W, job=job_name, world_size=2, lr=1.0)
     one.push_gradient(0, torch.ones(4))
     two.call("EndGroup", reason="a test")
-    new = Client(address, job=job_name, rank=0, world_size=2)
-    other = Client(address, job=job_name, rank=1, world_size=2)
+    new, other = connect_all(address, job=job_name)
     actions = {
         "Push": lambda: one.push_gradient(0, torch.ones(4), sequence=1),
         "Push of a weight": lambda: one.push_weight(0, torch.ones(4)),

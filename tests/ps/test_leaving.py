@@ -213,7 +213,7 @@ def test_a_server_that_stops_opens_no_session(server: LocalCluster) -> None:
     first, second = start_job(server.addresses[0], W, world_size=2, lr=1.0)
     first.step(0)
     process = terminate(server)
-    code, message = error_of(lambda: Client(server.addresses[0], job="other"))
+    code, message = error_of(lambda: [Client(server.addresses[0], job=f"other-{number}") for number in range(100)])
     assert code == grpc.StatusCode.UNAVAILABLE and "is stopping and opens no session" in message
     second.step(0)
     process.wait(20)

@@ -101,12 +101,12 @@ def open_session(address: str, job: str, rank: int = 0, world_size: int = 1, **f
 
 
 def test_sessions(address: str, other: Client, job_name: str) -> None:
-    clients = [open_session(address, job_name, rank, SESSIONS) for rank in range(SESSIONS - 1)]
-    code, message = error_of(lambda: open_session(address, job_name, SESSIONS - 1, SESSIONS))
+    clients = [open_session(address, job_name, rank, SESSIONS, group=1) for rank in range(SESSIONS - 1)]
+    code, message = error_of(lambda: open_session(address, job_name, SESSIONS - 1, SESSIONS, group=1))
     assert code == FULL
     assert f"this server has {SESSIONS} sessions, the most it may have" in message and "--max-sessions" in message
     clients[3].close()
-    open_session(address, job_name, 3, SESSIONS).close()
+    open_session(address, f"{job_name}-more").close()
 
 
 def test_sessions_that_ended_take_no_place(address: str, other: Client, job_name: str) -> None:
@@ -145,7 +145,7 @@ def test_jobs() -> None:
 
 
 def test_calls_of_one_session_that_wait(address: str, other: Client, job_name: str) -> None:
-    client = open_session(address, job_name, 0, 2)
+    client = open_session(address, job_name, 0, 2, group=1)
     waiting = []
     refused = None
     deadline = time.monotonic() + 30
@@ -338,7 +338,7 @@ def test_what_was_gathered_at_barriers_is_forgotten() -> None:
     sessions = Sessions("job", 60, SESSIONS, monitor, lambda session: None, lambda session: None)
     barriers = Barriers(sessions, monitor)
     with monitor:
-        session = sessions.open(0, 1, "test", False, Patience.of(1))
+        session = sessions.open(0, 1, "test", 1)
     payload = bytes(8 << 20)
     for number in range(20):
         barriers.gather(session, f"t{number}", payload, Patience.of(1))
@@ -347,14 +347,14 @@ def test_what_was_gathered_at_barriers_is_forgotten() -> None:
 
 
 def test_a_barrier_that_nobody_else_comes_to_goes_with_its_session(address: str, other: Client, job_name: str) -> None:
-    for _ in range(3):
-        client = open_session(address, job_name, 0, 2)
+    for group in range(1, 4):
+        client = open_session(address, job_name, 0, 2, group=group)
         for number in range(80):
             call = partial(client.call, "Barrier", tag=f"t{number}", timeout_seconds=0.0)
             code, _ = error_of(call)
             assert code == grpc.StatusCode.DEADLINE_EXCEEDED
         client.close()
-    both = [open_session(address, job_name, rank, 2) for rank in range(2)]
+    both = [open_session(address, job_name, rank, 2, group=4) for rank in range(2)]
     first = both[0].stub.Barrier.future(
         pb.BarrierRequest(session_id=both[0].session_id, tag="t0", timeout_seconds=20, payload=b"0"), timeout=20
     )

@@ -14,7 +14,7 @@ from protos import PROTOCOL_VERSION
 from protos import zero_ps_pb2 as pb
 from ps import LocalCluster
 from ps.options import MAX_JOBS
-from tests.ps.client import Client, error_of, start_job
+from tests.ps.client import Client, connect_all, error_of, start_job
 
 LEASE = 2.0
 W = {"w": torch.zeros(4)}
@@ -197,12 +197,14 @@ def test_the_successor_of_a_lost_trainer_takes_its_place(address: str, job_name:
     lost.push_gradient(0, torch.full((4,), 100.0))
     lost.step(0)
     lost.drop()
-    successor = Client(address, job=job_name, rank=1, world_size=2)
-    # The group ends with it: what the other one has done so far counts no more than what is lost.
-    code, message = error_of(lambda: alive.step(0))
-    assert code == grpc.StatusCode.ABORTED
-    assert f"rank 1 of job '{job_name}' is lost: a newer trainer took over rank 1" in message
-    alive = Client(address, job=job_name, rank=0, world_size=2)
+    with ThreadPoolExecutor() as pool:
+        coming = pool.submit(Client, address, job=job_name, rank=1, world_size=2)
+        # The group ends with it: what the other one has done so far counts no more than what is lost.
+        code, message = error_of(lambda: alive.pull(0, version=1, timeout=60))
+        assert code == grpc.StatusCode.ABORTED
+        assert f"rank 1 of job '{job_name}' is lost: " in message and "a newer trainer took over rank 1" in message
+        alive = Client(address, job=job_name, rank=0, world_size=2)
+        successor = coming.result()
     for client in (alive, successor):
         client.open_job(W)
         client.set_optimizer(lr=1.0)
@@ -217,23 +219,23 @@ def test_a_new_group_does_not_suffer_from_the_leases_of_the_old(address: str, jo
     for client in old:
         client.drop()
     time.sleep(LEASE / 2)
-    first = Client(address, job=job_name, rank=0, world_size=2)
     with ThreadPoolExecutor() as pool:
-        barrier = pool.submit(first.call, "Barrier", tag="open", payload=b"0", timeout_seconds=20)
+        first = pool.submit(Client, address, job=job_name, rank=0, world_size=2)
         time.sleep(LEASE)  # Meanwhile the old rank 1 loses its lease.
-        second = Client(address, job=job_name, rank=1, world_size=2)
-        second.call("Barrier", tag="open", payload=b"1", timeout_seconds=20)
-        assert list(barrier.result().payloads) == [b"0", b"1"]
+        Client(address, job=job_name, rank=1, world_size=2).call("Heartbeat")
+        first.result().call("Heartbeat")
 
 
 # ---------------------------------------------------------------- world size
 
 
 def test_trainers_that_disagree_on_world_size_are_told_within_seconds(address: str, job_name: str) -> None:
-    first = Client(address, job=job_name, rank=0, world_size=2)
     with ThreadPoolExecutor() as pool:
         # Rank 0 waits for a rank 1 of its own world, which never comes.
-        waiting = pool.submit(error_of, lambda: first.call("Barrier", timeout=60, tag="open", timeout_seconds=60))
+        waiting = pool.submit(error_of, lambda: Client(address, job=job_name, rank=0, world_size=2, timeout=60))
+        while not waiting.running():
+            time.sleep(0.01)
+        time.sleep(0.5)
         began = time.monotonic()
         code, message = error_of(lambda: Client(address, job=job_name, rank=1, world_size=3))
         assert code == grpc.StatusCode.FAILED_PRECONDITION
@@ -284,6 +286,7 @@ def _open(client: Client, job: str, rank: int = 0, world_size: int = 1) -> pb.Op
         incarnation="further",
         num_shards=1,
         timeout_seconds=5,
+        group=1,
     )
     return client.stub.OpenSession(request, timeout=20)
 
@@ -305,6 +308,17 @@ def test_names_that_came_to_nothing_do_not_fill_the_server(address: str, job_nam
     client.close()
     time.sleep(1)
     assert Client(address, job=job_name).opened.step == 0, "a state is kept"
+
+
+def test_a_trainer_without_a_group_is_refused(address: str, job_name: str) -> None:
+    (client,) = start_job(address, W, job=job_name)
+    request = pb.OpenSessionRequest(
+        protocol_version=PROTOCOL_VERSION, job=job_name, world_size=1, incarnation="alone", num_shards=1
+    )
+    code, message = error_of(lambda: client.stub.OpenSession(request, timeout=20))
+    assert code == grpc.StatusCode.INVALID_ARGUMENT
+    assert "0 is no number of a group, which shard 0 gives (JoinGroup)" in message
+    client.step(0)
 
 
 def test_the_memory_of_a_job_that_never_got_its_weights_is_given_back() -> None:
@@ -330,7 +344,7 @@ def test_the_memory_of_a_job_that_never_got_its_weights_is_given_back() -> None:
 
 
 def test_a_barrier_gathers_by_rank_and_repeats_its_answer(address: str, job_name: str) -> None:
-    clients = [Client(address, job=job_name, rank=rank, world_size=3) for rank in range(3)]
+    clients = connect_all(address, job=job_name, world_size=3)
     with ThreadPoolExecutor() as pool:
         for tag in ("one", "two"):
             calls = [
@@ -344,7 +358,7 @@ def test_a_barrier_gathers_by_rank_and_repeats_its_answer(address: str, job_name
 
 
 def test_a_barrier_names_who_is_missing(address: str, job_name: str) -> None:
-    client = Client(address, job=job_name, rank=1, world_size=3)
+    client = Client(address, job=job_name, rank=1, world_size=3, group=1)
     code, message = error_of(lambda: client.call("Barrier", tag="go", timeout_seconds=0.3))
     assert code == grpc.StatusCode.DEADLINE_EXCEEDED
     assert f"waited 0.3 s for ranks [0, 2] of job '{job_name}' to come to barrier 'go'" in message

@@ -11,7 +11,7 @@ from ps.chunk import Chunk
 from ps.errors import VersionGone
 from ps.monitor import Patience
 from ps.newest import newest_blocks
-from tests.ps.client import Client, error_of, start_job
+from tests.ps.client import Client, connect_all, error_of, start_job
 
 W = {"w": torch.zeros(4)}
 
@@ -121,7 +121,7 @@ def test_what_makes_no_sense_is_refused(late: str, job_name: str) -> None:
 
 
 def test_ranks_that_disagree_are_told(late: str, job_name: str) -> None:
-    clients = [Client(late, job=job_name, rank=rank, world_size=2) for rank in range(2)]
+    clients = connect_all(late, job=job_name)
     for client in clients:
         client.open_job(W)
     clients[0].set_optimizer(max_staleness=1)

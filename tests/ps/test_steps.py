@@ -13,7 +13,7 @@ from protos import zero_ps_pb2 as pb
 from protos.layout import ChunkGrid
 from protos.values import encode_options
 from ps import LocalCluster
-from tests.ps.client import Client, error_of, spec, start_job
+from tests.ps.client import Client, connect_all, error_of, spec, start_job
 
 W = {"w": torch.arange(4.0)}
 
@@ -348,7 +348,7 @@ def test_epochs_of_a_step_begin_anew_with_the_next_one_and_with_a_new_trainer(ad
         client.step(0)
     assert _norm_at_1(one, two) == [[0.0]] * 2
     one.call("ZeroGrad", step=1)
-    one, two = (Client(address, job=job_name, rank=rank, world_size=2) for rank in range(2))
+    one, two = connect_all(address, job=job_name)
     for client in (one, two):
         client.open_job({"w": torch.zeros(2)})
     assert _norm_at_1(one, two) == [[0.0]] * 2

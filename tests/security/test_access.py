@@ -39,7 +39,7 @@ TRAINERS_ALONE_MAY = {
     ),
 }
 
-_incarnations = itertools.count()
+_incarnations, _groups = itertools.count(), itertools.count(1, 1000)
 
 
 class Caller:
@@ -90,6 +90,7 @@ def opening(job: str, read_only: bool) -> pb.OpenSessionRequest:
         shard=0,
         num_shards=2,
         timeout_seconds=5,
+        group=0 if read_only else next(_groups),
     )
 
 

@@ -111,7 +111,7 @@ def test_trainers_that_disagree_on_the_world_size_are_told(cluster: LocalCluster
 
 
 def test_a_trainer_that_one_server_refuses_leaves_the_others(cluster: LocalCluster, job_name: str) -> None:
-    other = Client(cluster.addresses[0], job=job_name, rank=1, world_size=3, shard=0, num_shards=2)
+    other = Client(cluster.addresses[0], job=job_name, rank=1, world_size=3, num_shards=2, group=1)
     # A sign of life while the new trainer waits for it, which tells that it is no former group.
     alive = threading.Timer(1.0, other.call, ["Heartbeat"])
     alive.start()
