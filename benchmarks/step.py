@@ -63,8 +63,9 @@ BARS: Mapping[tuple[str, int, str], tuple[tuple[str, float], ...]] = {
     ("movement", 2, "memory"): (("deepspeed-cpu", 0.85),),
 }
 
-LOSS_TOLERANCE = 0.02
-"""By how much the losses of two sides may differ, as a share: DeepSpeed's masters begin as rounded to bf16."""
+LOSS_TOLERANCE = 0.05
+"""By how much the losses of two sides may differ in the mean of all steps, as a share, where they do not round to bf16
+at the same places. With one trainer zero-ps does: its losses are plain torch's bit for bit."""
 
 
 @dataclass(frozen=True)
@@ -229,14 +230,20 @@ def _rows(case: str, trainers: int, figures: Mapping[str, Figures], bars: bool) 
         rows += [report.Row(way, size / 1e6, "MB a step", case=at) for way, size in found.moved.items()]
         if PLAIN in figures:
             expected = figures[PLAIN].losses
-            apart = max(abs(one - other) / other for one, other in zip(found.losses, expected, strict=True))
-            equal = sum(one == other for one, other in zip(found.losses, expected, strict=True))
+            pairs = list(zip(found.losses, expected, strict=True))
+            apart = statistics.fmean(abs(one - other) / other for one, other in pairs)
+            equal, same = sum(one == other for one, other in pairs), name in VARIANTS and trainers == 1
             rows.append(
                 report.Row(
                     "losses apart", apart, "of plain's", "what is allowed", apart / LOSS_TOLERANCE, at_most=1, case=at
                 )
             )
-            rows.append(report.Row("losses equal bit for bit", equal, "steps", "all", equal / len(expected), case=at))
+            all_of_them = 1 if same else None
+            rows.append(
+                report.Row(
+                    "losses equal bit for bit", equal, "steps", "all", equal / len(pairs), at_least=all_of_them, case=at
+                )
+            )
     return rows
 
 

@@ -58,8 +58,8 @@ def losses(rows: Rows) -> str:
         "side",
         "case",
         "trainers",
-        "losses differ from plain's by at most",
-        "steps whose loss is the same bit for bit",
+        "losses differ, in the mean, by",
+        "losses equal bit for bit",
     ]
     return _table(head, lines)
 
