@@ -135,6 +135,9 @@ TABLES: Mapping[str, tuple[str, Callable[[Rows], str]]] = {
 """By name: which measurement's rows, and what makes a table of them."""
 
 
+PICTURED = ("step", "scale", "links", "plan")
+
+
 def rendered(folder: Path) -> dict[str, str]:
     """Every table that there are rows for, under the line that says what it is of."""
     found = {}
@@ -146,6 +149,15 @@ def rendered(folder: Path) -> dict[str, str]:
                 f"`python -m benchmarks.{measurement}`, {about['date']}, commit {about['commit']}, "
                 f"{about['cores']} cores with a load of {about['load']}, torch {about['torch']}.\n\n{text}"
             )
+    return found
+
+
+def with_pictures(tables: Mapping[str, str], folder: Path) -> dict[str, str]:
+    """Tables followed by the picture of their rows, if there is one in the folder."""
+    found = dict(tables)
+    for name in PICTURED:
+        if name in found and (folder / f"{name}.png").exists():
+            found[name] += f"\n\n![{name}](images/{name}.png)"
     return found
 
 
@@ -189,7 +201,7 @@ def main() -> int:
     arguments = parser.parse_args()
     tables = rendered(arguments.folder)
     for page in arguments.write:
-        page.write_text(put(page.read_text(), tables))
+        page.write_text(put(page.read_text(), with_pictures(tables, page.parent / "images")))
     if not arguments.write:
         print("\n\n".join(f"{name}: {text}" for name, text in tables.items()))
     return 0

@@ -64,6 +64,8 @@ def test_tables_take_their_places_in_a_page_and_leave_the_rest(tmp_path: Path) -
     assert "| zero-ps, memory | 2.20 s = 1.10 (1.10 of plain's, bar 1.15: holds) |" in found
     # Once more changes nothing.
     assert tables.put(found, tables.rendered(tmp_path)) == found
+    (tmp_path / "step.png").touch()
+    assert "![step](images/step.png)" in tables.with_pictures(tables.rendered(tmp_path), tmp_path)["step"]
     with pytest.raises(KeyError, match="no table is called 'none'"):
         tables.put(page.replace("results: scale", "results: none"), {})
 
