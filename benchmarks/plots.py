@@ -16,20 +16,6 @@ Rows = Sequence[report.Row]
 _BLUE, _LIGHT, _ORANGE, _RED, _GREY = "#1b4f72", "#9cc3dd", "#e0a030", "#c0392b", "#8a8a8a"
 _MORE = ("#6c7a3b", "#7d4e8c", _GREY, _LIGHT, "#b08968", "#4d4d4d", "#76b7b2", "#d98880", "#a9c47f")
 _COLOURS = (_BLUE, "#2e86c1", _ORANGE, _RED, *_MORE)
-    _BLUE,
-    "#2e86c1",
-    _ORANGE,
-    _RED,
-    "#6c7a3b",
-    "#7d4e8c",
-    _GREY,
-    _LIGHT,
-    "#b08968",
-    "#4d4d4d",
-    "#76b7b2",
-    "#d98880",
-    "#a9c47f",
-)
 
 
 def draw_all(folder: Path, out: Path) -> list[Path]:
