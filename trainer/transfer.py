@@ -3,6 +3,7 @@
 import functools
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from protos.layout import ChunkGrid
+from trainer.bundle import Bundle
 from trainer.errors import DeadlineExceeded
 from trainer.links import Pull, Push, PushKind, Run
 from trainer.selection import Part, everything
@@ -111,6 +113,10 @@ class Transfer:
         self._lock = threading.Condition()
         self._inflight_bytes = 0
         self._error: BaseException | None = None
+        # By shard: small gradients that leave with the next ones, at the latest before anybody waits for them.
+        # Whoever waits has them sent, so that no more of them may wait.
+        self._waiters = 0
+        self._bundles: defaultdict[int, Bundle] = defaultdict(Bundle)
 
     def pull(
         self, destinations: Sequence[Destination], version: int, array: str | None = None, max_staleness: int = 0
@@ -191,20 +197,39 @@ class Transfer:
                 # That a gradient is zero has to arrive, too, though it has no bytes.
                 size = max(1, size)
                 self._inflight_bytes += size
-            future = self._job.links[shard].push(
-                Push(
-                    kind=kind,
-                    step=step,
-                    chunks=[(remote.index, part.chunk) for part in here],
-                    sources=[_bytes_of(part, data, tensor.dtype) for part in here],
-                    dtype=tensor.dtype,
-                    sequence=sequence,
-                    array=array,
-                    runs=None if parts is None else [part.runs for part in here],
-                    final=final,
-                )
+            push = Push(
+                kind=kind,
+                step=step,
+                chunks=[(remote.index, part.chunk) for part in here],
+                sources=[_bytes_of(part, data, tensor.dtype) for part in here],
+                dtype=tensor.dtype,
+                sequence=sequence,
+                array=array,
+                runs=None if parts is None else [part.runs for part in here],
+                final=final,
             )
-            future.add_done_callback(functools.partial(self._acknowledged, size, sending))
+            self._submit(shard, push, functools.partial(self._acknowledged, size, sending))
+
+    def _submit(self, shard: int, push: Push, done: Callable[["Future[None]"], None]) -> None:
+        """Sends a push behind what waits for its server, or has it wait, too."""
+        link, bundle = self._job.links[shard], self._bundles[shard]
+        with self._lock:
+            ready = None if bundle.takes(push) and not self._waiters else bundle.take()
+            # What did not fit may be the first of the next.
+            waits = bundle.takes(push) and not self._waiters
+            if waits:
+                bundle.add(push, done)
+        if ready is not None:
+            link.push(ready[0]).add_done_callback(ready[1])
+        if not waits:
+            link.push(push).add_done_callback(done)
+
+    def _send_bundles(self) -> None:
+        for shard, link in enumerate(self._job.links):
+            with self._lock:
+                ready = self._bundles[shard].take()
+            if ready is not None:
+                link.push(ready[0]).add_done_callback(ready[1])
 
     def reserve(self, size: int, limit: int) -> None:
         """Waits until `size` more bytes make at most `limit` bytes on their way; one push may always be."""
@@ -233,12 +258,24 @@ class Transfer:
 
     def _wait(self, ready: Callable[[], bool]) -> None:
         with self._lock:
+            if self._error is None and ready():
+                return
+            self._waiters += 1
+        try:
+            self._send_bundles()
+            self._wait_until(ready)
+        finally:
+            with self._lock:
+                self._waiters -= 1
+        self.check()
+
+    def _wait_until(self, ready: Callable[[], bool]) -> None:
+        with self._lock:
             if not self._lock.wait_for(lambda: self._error is not None or ready(), self._job.timeout + GRACE_SECONDS):
                 raise DeadlineExceeded(
                     f"{self._inflight_bytes} bytes pushed to the servers were not acknowledged within "
                     f"{self._job.timeout:g} s; see 'zero-ps status'"
                 )
-        self.check()
 
     def _acknowledged(self, size: int, sending: "_Sending", future: "Future[None]") -> None:
         with self._lock:
