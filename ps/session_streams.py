@@ -1,18 +1,30 @@
 """Answers the Pull and Push streams of one session that come another way than over gRPC, with the same rights."""
 
 from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from protos import frames
 from protos import zero_ps_pb2 as pb
+from protos.local_messages import StreamError
 from ps.access import Access
 from ps.errors import InvalidRequest
 from ps.jobs import Jobs
 from ps.pull import answer_pulls
 from ps.push import answer_pushes
 from ps.sessions import Session
+from ps.statuses import stream_error
 from ps.traffic import Traffic
 from ps.unreadable import MAX_REQUEST_BYTES, Message, Unreadable, readable, reader
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """What ends a stream is something that its trainer can be told."""
+    try:
+        yield
+    except Exception as error:
+        raise StreamError(stream_error(error)) from error
 
 
 class SessionStreams:
@@ -31,14 +43,14 @@ class SessionStreams:
         self, messages: Iterable[bytes], cancel: Callable[[], None], cancelled: Callable[[], bool]
     ) -> Generator[bytes, None, None]:
         requests = self._requests("Pull", pb.PullRequest.FromString, messages)
-        with self._jobs.places.stream(cancel, self._session) as place:
+        with _told(), self._jobs.places.stream(cancel, self._session) as place:
             yield from map(frames.encode, answer_pulls(self._jobs, self._traffic, requests, place, cancelled))
 
     def push(
         self, messages: Iterable[bytes], cancel: Callable[[], None], cancelled: Callable[[], bool]
     ) -> Generator[bytes, None, None]:
         requests = self._requests("Push", frames.decode_push, messages)
-        with self._jobs.places.stream(cancel, self._session) as place:
+        with _told(), self._jobs.places.stream(cancel, self._session) as place:
             for response in answer_pushes(self._jobs, self._traffic, requests, place, cancelled):
                 yield response.SerializeToString()
 

@@ -51,7 +51,7 @@ None where that cannot be said, or is not one place.
 
 Answer = Callable[[Iterable[bytes], Callable[[], None], Callable[[], bool]], Generator[bytes, None, None]]
 """Answers the messages of a stream, in order. The second argument ends the stream from another thread, the third one
-tells whether the trainer is gone."""
+tells whether the trainer is gone. Raises `protos.local_messages.StreamError` for what ends the stream."""
 
 
 class Link(ABC):

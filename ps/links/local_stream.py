@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from protos import MAX_MESSAGE_BYTES, local_messages
 from ps.errors import InvalidRequest
 from ps.links.base import Answer
-from ps.statuses import stream_error
 
 
 class LocalStream:
@@ -43,16 +42,17 @@ class LocalStream:
                 with contextlib.closing(answers):
                     for piece in local_messages.framed(answers):
                         connection.sendall(piece)
-            except OSError:
-                raise
-            except Exception as error:
-                local_messages.send_error(connection, stream_error(error))
+            except local_messages.StreamError as failed:
+                local_messages.send_error(connection, failed.error)
 
     def _requests(self) -> Iterator[bytes]:
         try:
             yield from local_messages.receive(self._connection, MAX_MESSAGE_BYTES)
         except (ValueError, local_messages.StreamError) as error:
             raise InvalidRequest(f"these are no requests: {error}") from None
+        except OSError:
+            # The trainer is gone.
+            return
 
     def _cancel(self) -> None:
         with contextlib.suppress(OSError):

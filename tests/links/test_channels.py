@@ -1,5 +1,6 @@
 """Streams of messages over a socket of one host."""
 
+import contextlib
 import socket
 import struct
 import threading
@@ -7,14 +8,23 @@ import time
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 import trainer
 from protos import local_messages
 from protos import zero_ps_pb2 as pb
+from ps import LocalCluster
 from ps.links.local_stream import LocalStream
+from trainer.links import Pull
 from trainer.links.channels import SocketChannel
+from trainer.links.shm import ShmLink
 
 MIB = 1 << 20
+
+
+def _pull_of(session_id: str) -> bytes:
+    message = pb.PullRequest(session_id=session_id).SerializeToString()
+    return struct.pack("<I", len(message)) + message
 
 
 @pytest.fixture
@@ -143,7 +153,7 @@ def test_a_fault_of_the_server_ends_the_stream_and_says_so(ends: tuple[SocketCha
     def answer(messages, cancel, cancelled):
         for message in messages:
             yield message
-            raise KeyError("what the server looks for")
+            raise local_messages.StreamError(pb.Error(code=13, message="what the server looks for"))
 
     LocalStream("test", theirs).serve(answer)
     channel.send([b"one"])
@@ -153,14 +163,28 @@ def test_a_fault_of_the_server_ends_the_stream_and_says_so(ends: tuple[SocketCha
         next(responses)
 
 
-def test_a_trainer_that_sends_no_messages_is_told_so() -> None:
-    mine, theirs = local_messages.pair()
-    with mine, theirs:
-        LocalStream("test", theirs).serve(lambda messages, cancel, cancelled: (m for m in messages))
-        mine.sendall(struct.pack("<I", (1 << 31) - 1))
-        with pytest.raises(local_messages.StreamError, match="these are no requests") as raised:
-            next(local_messages.receive(mine, MIB))
-        assert raised.value.error.code == 3
+@pytest.mark.parametrize(
+    ("raw", "match"),
+    [
+        (struct.pack("<I", (1 << 31) - 1), "these are no requests: a message of"),
+        (struct.pack("<I", 4) + b"\xff" * 4, "this is no request of Pull"),
+        (_pull_of("another"), "that link's session alone"),
+    ],
+    ids=["no message", "no request", "another session"],
+)
+def test_a_server_says_what_is_wrong_with_a_stream(
+    cluster: LocalCluster, job_name: str, raw: bytes, match: str
+) -> None:
+    with trainer.connect(cluster.addresses, job=job_name) as job:
+        link = job.links[0]
+        assert isinstance(link, ShmLink)
+        link._pulls._channel._connection.sendall(raw)  # type: ignore[attr-defined]
+        pull = Pull(version=0, chunks=[(0, 0)], destinations=[torch.empty(4, dtype=torch.uint8)], dtype=None, timeout=5)
+        with pytest.raises(trainer.ConfigError, match=match):
+            for _ in range(100):
+                with contextlib.suppress(trainer.RequestRefused):
+                    link.pull(pull).result(10)
+                time.sleep(0.01)
 
 
 def test_who_serves_may_end_a_stream_from_another_thread(ends: tuple[SocketChannel, socket.socket]) -> None:
