@@ -22,8 +22,9 @@ from torch.nn.parameter import is_lazy
 from protos import dtypes
 from protos.layout import ChunkGrid, Placement
 from trainer.errors import ConfigError
+from trainer.heap import trim_heap
 from trainer.links import PushKind
-from trainer.memory import MemoryPool, trim_heap
+from trainer.memory import MemoryPool
 from trainer.parameter import NOT_HERE, OffloadedParameter, offloaded
 from trainer.transfer import Destination, RemoteParameter
 

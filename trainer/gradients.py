@@ -18,15 +18,15 @@ from trainer.coordinator import Coordinator
 from trainer.errors import ConfigError, ReleasedParameterError
 from trainer.grad_scaling import check_and_unscale, gradient_dtype
 from trainer.group import TrainerGroup
+from trainer.heap import Heap
 from trainer.job import Job
 from trainer.links import PushKind
-from trainer.memory import MemoryPool, empty_of, trim_heap
+from trainer.memory import MemoryPool, empty_of
 from trainer.parameter import OffloadedParameter
 from trainer.released import CONVERSIONS, METADATA, SET_DATA
 from trainer.selection import Part, elements, rows
 from trainer.server import call_all
 
-_TRIM_BYTES = 64 << 20
 _GET_DTYPE = torch.Tensor.dtype.__get__  # type: ignore[attr-defined]
 
 
@@ -99,7 +99,7 @@ class Gradients:
         self._group = group
         self._announcement = announcement
         self._sent: dict[OffloadedParameter, None] = {}
-        self._since_trim = 0
+        self._heap = Heap()
 
     def watch(self, state: OffloadedParameter) -> None:
         """Has the parameter's gradient sent as soon as it is whole; for what is trained."""
@@ -186,7 +186,7 @@ class Gradients:
         state.contributions += 1
         self._sent[state] = None
         if gradient.device.type == "cpu":
-            self._trim(nbytes)
+            self._heap.gradient_left(nbytes, self._memory.mapped_bytes)
 
     def _reduce_scatter(
         self,
@@ -221,14 +221,6 @@ class Gradients:
 
         self._job.transfer.hold(nbytes)
         group.reduce_scatter(f"the gradient of {state.name!r} of step {step}", gradient, push)
-
-    def _trim(self, nbytes: int) -> None:
-        """Every `_TRIM_BYTES` of gradients: their blocks leave holes in malloc's heap that gRPC's messages
-        settle in, so that without this the process grows towards the size of the model."""
-        self._since_trim += nbytes
-        if self._since_trim >= _TRIM_BYTES:
-            self._since_trim = 0
-            trim_heap()
 
     def drop(self, states: Iterable[OffloadedParameter], *, keep_zeros: bool = False) -> None:
         """Has the servers forget this trainer's gradients of some parameters; with `keep_zeros` they are 0 then."""

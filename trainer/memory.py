@@ -5,8 +5,6 @@ does not fill again (glibc before 2.38), so that a process grows far beyond what
 each time costs a page fault for every 4 KiB. So blocks are mapped here and used again by size.
 """
 
-import contextlib
-import ctypes
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -74,6 +72,11 @@ class MemoryPool:
         with self._lock:
             self._former_most_bytes, self._most_bytes = self._most_bytes, self._used_bytes
 
+    @property
+    def mapped_bytes(self) -> int:
+        """What is in use and what waits."""
+        return self._used_bytes + self.free_bytes
+
     def shrink(self, keep_bytes: int) -> None:
         """Gives back to the system what is not in use, beyond so many bytes, the longest unused first."""
         with self._lock:
@@ -107,9 +110,3 @@ def empty_of(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> 
     tensor = torch.empty(shape, dtype=dtype, device=device)
     tensor.untyped_storage().resize_(0)
     return tensor
-
-
-def trim_heap() -> None:
-    """Has malloc give memory back to the system that others freed; does nothing where it cannot."""
-    with contextlib.suppress(AttributeError, OSError):
-        ctypes.CDLL(None).malloc_trim(0)
