@@ -39,5 +39,5 @@ KEEPALIVE = (
     ("grpc.http2.max_pings_without_data", 0),
 )
 """Options of gRPC connections at both ends: one whose other end does not answer pings is given up after about 12
-seconds, so that a cut cable or a stopped host is noticed on the scale of a lease. The pings are answered by threads
-that need no Python, so that a busy process does not count as gone."""
+seconds, so that a cut cable or a host that is down is noticed on the scale of a lease. The pings are answered by
+threads that need no Python, so that a busy process does not count as gone. Nor was a stopped one (SIGSTOP) found to."""

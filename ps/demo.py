@@ -152,6 +152,8 @@ def _train(demo: Demo, paths: Paths, addresses: Sequence[str], steps: int) -> in
                 "LOCAL_RANK": str(rank),
                 "WORLD_SIZE": str(demo.trainers),
                 "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
+                # Servers need the cores that threads would spin on while they wait for each other.
+                "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "passive"),
             }
             # Rank 0 draws on this terminal; what the others say is shown if they fail.
             log = paths.trainer_log(rank) if rank > 0 else None

@@ -45,7 +45,7 @@ class ShmLink(StreamLink):
         self._regions_read = 0
         self._leaving: dict[Future[None], Sequence[torch.Tensor]] = {}
         super().__init__(server, *(SocketChannel(server.address, stream) for stream in streams))
-        # A connection within one host does not break where the server only hangs, or its host loses the way to it.
+        # Sockets of one host do not break where the way between the addresses is cut, as by a proxy.
         server.on_lost = self.fail
 
     def push(self, push: Push) -> "Future[None]":
