@@ -149,11 +149,7 @@ class Guard:
 
     def _requests(self, method: str, caller: Rules, requests: Iterable[Any]) -> Iterator[Any]:
         for request in requests:
-            head = request
-            if isinstance(request, pb.PushRequest) and request.HasField("header"):
-                head = request.header
-            # What is only data belongs to the header before it.
-            if isinstance(head, (pb.PullRequest, pb.PushHeader)):
+            if (head := head_of(request)) is not None:
                 self._access.check_session(method, caller.identity, self._session_of(head.session_id))
             yield request
 
@@ -170,6 +166,13 @@ class Guard:
             self._access.check_session(method, caller.identity, self._session_of(session_id))
         except ServerError as error:
             _abort(context, error)
+
+
+def head_of(request: object) -> pb.PullRequest | pb.PushHeader | None:
+    """What names the session of a stream's request; None for what is only data, and belongs to the header before it."""
+    if isinstance(request, pb.PushRequest):
+        return request.header if request.HasField("header") else None
+    return request if isinstance(request, pb.PullRequest) else None
 
 
 def _abort(context: grpc.ServicerContext, error: ServerError) -> None:

@@ -2,13 +2,13 @@
 
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from protos import frames
 from protos import zero_ps_pb2 as pb
 from protos.local_messages import StreamError
 from ps.access import Access
 from ps.errors import InvalidRequest
+from ps.guard import head_of
 from ps.jobs import Jobs
 from ps.pull import answer_pulls
 from ps.push import answer_pushes
@@ -60,9 +60,7 @@ class SessionStreams:
         """Raises what ends the stream: InvalidRequest, AccessDenied, Unauthenticated."""
         read: Callable[[bytes], Message | Unreadable] = reader(method, decode, MAX_REQUEST_BYTES)
         for request in readable(map(read, messages)):
-            head: Any = request.header if isinstance(request, pb.PushRequest) else request
-            # What is only data belongs to the header before it.
-            if isinstance(head, (pb.PullRequest, pb.PushHeader)):
+            if (head := head_of(request)) is not None:
                 if head.session_id != self._session.id:
                     raise InvalidRequest("a stream over a link is for the requests of that link's session alone")
                 if self._access is not None:
