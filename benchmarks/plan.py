@@ -80,7 +80,7 @@ def run(quick: bool) -> list[report.Row]:
         try:
             if config.work not in flops:
                 flops[config.work] = _flops(config.work)
-                case: Case = {"model": config.model, "batch": _batch(config)}
+                case: report.Case = {"model": config.model, "batch": _batch(config)}
                 rows.append(report.Row("plain torch computes", flops[config.work] / 1e9, "GFLOP/s", case=case))
             measured = _measured(config)
         except SideError as error:
@@ -95,8 +95,6 @@ def run(quick: bool) -> list[report.Row]:
     rows.append(report.Row("off, at most", max(errors), "times", case={"of": "step time"}))
     return rows
 
-
-Case = dict[str, str | int | float]
 
 # ---------------------------------------------------------------- what the machine does
 
@@ -221,7 +219,7 @@ def _measured(config: Config) -> Measured:
 def _rows(config: Config, planned: Estimate, measured: Measured) -> Sequence[report.Row]:
     """The step's first."""
     bottleneck = planned.bottleneck.resource
-    case: Case = {
+    case: report.Case = {
         "model": config.model,
         "tier": config.tier,
         "batch": _batch(config),

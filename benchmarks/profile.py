@@ -13,7 +13,7 @@ Sides and cases are those of `benchmarks.step`. `--symbols 20` also shows where 
 
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,9 +27,6 @@ WARM_UP = 3
 STEPS = 8
 
 MIB = 1 << 20
-
-Say = Callable[[str], None]
-Case = dict[str, str | int | float]
 
 
 @dataclass(frozen=True)
@@ -71,7 +68,7 @@ def profiled(plan: step.Plan, sides: Sequence[str], trainers: int, steps: int, s
     for case in plan.cases:
         work = plan.work(case, trainers)
         for side in sides:
-            at: Case = {"case": case, "trainers": trainers, "side": side}
+            at: report.Case = {"case": case, "trainers": trainers, "side": side}
             try:
                 with step.started(side, work) as ranks:
                     found = _look(ranks, steps)
@@ -103,7 +100,7 @@ def _look(ranks: Ranks, steps: int) -> Profile:
 STEP = "the step"
 
 
-def _rows(found: Profile, at: Case) -> list[report.Row]:
+def _rows(found: Profile, at: report.Case) -> list[report.Row]:
     """All of them a step; ratios are shares of the step's wall clock."""
     wall = sum(found.block.seconds) / found.steps
     rows = [report.Row("step", wall, "s", case=at)]
@@ -155,7 +152,7 @@ def _wall(spent: Mapping[str, float]) -> dict[str, float]:
 # ---------------------------------------------------------------- on screen
 
 
-def _sheet(rows: Sequence[report.Row], at: Case) -> str:
+def _sheet(rows: Sequence[report.Row], at: report.Case) -> str:
     """A column for each process; milliseconds, or MiB."""
     columns = list(dict.fromkeys(str(row.case["process"]) for row in rows if "process" in row.case))
     lines: dict[str, dict[str, float]] = {}

@@ -13,6 +13,9 @@ from typing import Any
 
 import torch
 
+Case = dict[str, str | int | float]
+"""What identifies a figure besides its name."""
+
 
 @dataclass(frozen=True)
 class Row:
@@ -32,7 +35,7 @@ class Row:
     ratio: float | None = None
     at_most: float | None = None
     at_least: float | None = None
-    case: dict[str, str | int | float] = field(default_factory=dict)
+    case: Case = field(default_factory=dict)
 
     @property
     def bar(self) -> str | None:
