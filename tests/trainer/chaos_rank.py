@@ -1,18 +1,16 @@
 """A trainer of `tests.chaos`: trains until it is told where to stop, whatever happens to it."""
 
 import faulthandler
-import os
 import signal
 import sys
 import time
-from datetime import timedelta
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 import trainer
 from tests.models import Residual, batch, loss_of, seeded
+from tests.trainer.recovery.programs import join_process_group
 from tests.trainer.runs import gathered_values
 
 RESTART = 75
@@ -84,15 +82,8 @@ def run(
 
 
 def _join_process_group(port: int) -> None:
-    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     try:
-        dist.init_process_group(
-            "gloo",
-            init_method=f"tcp://127.0.0.1:{port}",
-            rank=rank,
-            world_size=world_size,
-            timeout=timedelta(seconds=60),
-        )
+        join_process_group(port)
     except RuntimeError as error:
         # Another one was killed meanwhile.
         say("gave up", f"no process group: {error}")

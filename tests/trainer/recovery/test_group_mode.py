@@ -2,7 +2,6 @@
 
 import signal
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -17,13 +16,6 @@ STEPS, COMMITTED, LOST = 6, 2, 4
 def cluster() -> Iterator[LocalCluster]:
     with LocalCluster(servers=2, lease=3) as cluster:
         yield cluster
-
-
-@pytest.fixture
-def trainers(cluster: LocalCluster, job_name: str, tmp_path: Path) -> Iterator[Trainers]:
-    trainers = Trainers(cluster, job_name, tmp_path)
-    yield trainers
-    trainers.close()
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 import signal
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,13 +18,6 @@ LEASE = 5.0
 def cluster() -> Iterator[LocalCluster]:
     with LocalCluster(servers=2, lease=LEASE) as cluster:
         yield cluster
-
-
-@pytest.fixture
-def trainers(cluster: LocalCluster, job_name: str, tmp_path: Path) -> Iterator[Trainers]:
-    trainers = Trainers(cluster, job_name, tmp_path)
-    yield trainers
-    trainers.close()
 
 
 @pytest.mark.parametrize("announced", [False, True], ids=["plain", "announced"])
