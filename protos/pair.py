@@ -1,20 +1,16 @@
-"""A gloo process group of one trainer and one server, apart from torch's default group.
+"""One trainer and one server that move parcels of bytes past gRPC, apart from torch's default process group.
 
-gloo finds the other end through a store; the two ends tell each other their addresses over gRPC instead, so
-that it takes no store that listens somewhere. gloo takes whoever connects to an address for the other end, so
-the two also prove to each other over the pair that they know the secret that went over gRPC with the addresses.
+What moves them takes whoever connects for the other end. So the two prove to each other, over the pair itself, that
+they know the secret that went over gRPC with what they need to find each other.
 """
 
-import datetime
 import hashlib
 import hmac
-import socket
-import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Protocol
 
 import torch
-import torch.distributed as dist
 
 SERVER, TRAINER = 0, 1
 """The ranks of a pair."""
@@ -28,6 +24,9 @@ MOVE_SECONDS = 15.0
 PARCEL_BYTES = 8 << 20
 """The most bytes that are sent at once."""
 
+DEPTH = 3
+"""How many parcels of a direction are on their way at once: one is being moved, and the next ones are ready."""
+
 SMALL_BYTES = 64 << 10
 """What is smaller costs less as a part of a gRPC message."""
 
@@ -36,110 +35,75 @@ MAX_ADDRESS_BYTES = 4096
 _PROOF_TAG = 0
 """Parcels begin at 1."""
 
+Exchange = Callable[[bytes, Callable[[bytes], None]], None]
+"""Called with what the other end needs to find this one, and with what to call with the other's."""
 
-class _Exchange(dist.Store):  # type: ignore[name-defined,misc]
-    """What gloo looks for in a store: this end's address goes out, the other end's comes in.
 
-    send: called once, with this end's address.
+class Work(Protocol):
+    """A parcel on its way. Keeps the memory that it is in."""
+
+    def wait(self, seconds: float = MOVE_SECONDS) -> None:
+        """Raises RuntimeError when the other end is gone, or takes longer than that."""
+
+
+class Pair(ABC):
+    """One end. Not all that moves bytes knows tags, so parcels are received in the order in which they are sent.
+
+    One thread at a time sends, and one receives.
+
+    device: whose memory is sent and received where it is; None where that is the host's.
     """
 
-    def __init__(self, rank: int, send: Callable[[bytes], None]) -> None:
-        super().__init__()
-        self._mine = f"0/{rank}"
-        self._send: Callable[[bytes], None] | None = send
-        self._known: dict[str, bytes] = {}
-        self._changed = threading.Condition()
-        self._their_key = f"0/{1 - rank}"
+    device: torch.device | None = None
 
-    def receive(self, address: bytes) -> None:
-        with self._changed:
-            self._known[self._their_key] = address
-            self._changed.notify_all()
+    def __init__(self) -> None:
+        # The tag of the parcel that comes next.
+        self.expected = _PROOF_TAG
 
-    def set(self, key: str, value: bytes) -> None:
-        with self._changed:
-            self._known[key] = bytes(value)
-        if key == self._mine and self._send is not None:
-            # gloo keeps the store, and what sends may keep what gloo belongs to: a cycle that nobody collects.
-            send, self._send = self._send, None
-            send(bytes(value))
+    @abstractmethod
+    def send(self, data: torch.Tensor, tag: int) -> Work:
+        """data: 1-d, contiguous, at most `PARCEL_BYTES`, not to be changed before the work is done.
 
-    def get(self, key: str) -> bytes:
-        self.wait([key])
-        return self._known[key]
-
-    def wait(self, keys: list[str], timeout: datetime.timedelta | None = None) -> None:
-        with self._changed:
-            if not self._changed.wait_for(lambda: all(key in self._known for key in keys), FORM_SECONDS):
-                raise TimeoutError(f"the other end did not say within {FORM_SECONDS:g} s where it is")
-
-
-class Pair:
-    """One end of a process group of two. Making it returns when the other end has been made, too."""
-
-    def __init__(
-        self, rank: int, host: str, secret: str, exchange: Callable[[bytes, Callable[[bytes], None]], None]
-    ) -> None:
-        """host: a name or address of this end that the other one reaches.
-        secret: what nobody knows but the two.
-        exchange: called with this end's address and with what to call with the other's.
-
-        Raises RuntimeError or OSError where the two do not find each other, or somebody else came.
+        May wait until there is room, which takes the other end. Raises RuntimeError as `Work.wait` does.
         """
-        self._other = 1 - rank
-        options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
-        options._timeout = datetime.timedelta(seconds=FORM_SECONDS)
-        options._devices = [dist.ProcessGroupGloo.create_device(hostname=host, lazy_init=False)]
-        store = _Exchange(rank, lambda address: exchange(address, store.receive))
-        # Its types do not know what it has.
-        self._group: Any = dist.ProcessGroupGloo(store, rank, 2, options)
-        self._meet(_proof(secret, rank), _proof(secret, self._other))
 
-    def _meet(self, mine: bytes, theirs: bytes) -> None:
+    def receive(self, target: torch.Tensor, tag: int) -> Work:
+        """tag: of a parcel that the other end has sent, or will. Raises as `send`, and for one out of turn."""
+        if tag != self.expected:
+            raise RuntimeError(f"parcel {tag} was announced where parcel {self.expected} comes next")
+        self.expected = next_tag(tag)
+        return self._receive(target, tag)
+
+    @abstractmethod
+    def _receive(self, target: torch.Tensor, tag: int) -> Work: ...
+
+    @abstractmethod
+    def abort(self) -> None:
+        """Ends what is under way, at once: no memory is written to or read any more. Safe to call twice."""
+
+    def leave(self) -> None:  # noqa: B027 (most end with whoever waits for the other end)
+        """Nobody begins anything any more. Does not wait. Safe to call twice."""
+
+    def _meet(self, rank: int, secret: str) -> None:
         """Returns when the other end is the one that is meant."""
-        limit = datetime.timedelta(seconds=FORM_SECONDS)
+        theirs = _proof(secret, 1 - rank)
         came = torch.empty(len(theirs), dtype=torch.uint8)
-        sent = self.send(torch.frombuffer(bytearray(mine), dtype=torch.uint8), _PROOF_TAG)
-        self.receive(came, _PROOF_TAG).wait(limit)
-        sent.wait(limit)
+        mine = torch.frombuffer(bytearray(_proof(secret, rank)), dtype=torch.uint8)
+        # One after the other: either may wait for its counterpart.
+        if rank == SERVER:
+            sent, coming = self.send(mine, _PROOF_TAG), self.receive(came, _PROOF_TAG)
+        else:
+            coming, sent = self.receive(came, _PROOF_TAG), self.send(mine, _PROOF_TAG)
+        coming.wait(FORM_SECONDS)
+        sent.wait(FORM_SECONDS)
         if not hmac.compare_digest(bytes(came.tolist()), theirs):
             raise RuntimeError("somebody else connected in place of the other end")
 
-    def send(self, data: torch.Tensor, tag: int) -> "dist.Work":
-        """data: 1-d, contiguous, not to be changed before the work is done."""
-        work: dist.Work = self._group.send([data], self._other, tag)
-        return work
 
-    def receive(self, target: torch.Tensor, tag: int) -> "dist.Work":
-        work: dist.Work = self._group.recv([target], self._other, tag)
-        return work
-
-    def abort(self) -> None:
-        """Ends what is under way, at once: no memory is written to or read any more. Safe to call twice."""
-        self._group.abort()
+def next_tag(tag: int) -> int:
+    return (tag + 1) % (1 << 31)
 
 
 def _proof(secret: str, rank: int) -> bytes:
     """What the end of this rank shows to the other."""
     return hmac.digest(secret.encode(), f"zero-ps pair, rank {rank}".encode(), hashlib.sha256)
-
-
-def wait(work: "dist.Work") -> None:
-    """Raises RuntimeError when the other end is gone, or takes longer than it may."""
-    work.wait(datetime.timedelta(seconds=MOVE_SECONDS))
-
-
-def local_address(host: str, port: int) -> str:
-    """The address from which this machine reaches another. Raises OSError."""
-    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family, kind, protocol) as probe:
-        # Sends nothing; only the route is looked up.
-        probe.connect(address)
-        return str(probe.getsockname()[0])
-
-
-def usable() -> str:
-    """Why this torch has no gloo; empty if it has."""
-    if not dist.is_available() or not dist.is_gloo_available():
-        return "this torch is built without gloo"
-    return ""

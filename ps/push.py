@@ -4,7 +4,7 @@ import functools
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -14,7 +14,7 @@ from protos import zero_ps_pb2 as pb
 from protos.frames import Data
 from ps.chunk import Chunk, byte_view
 from ps.contributions import Gradient
-from ps.errors import Conflict, InvalidRequest
+from ps.errors import Conflict, InvalidRequest, ServerError
 from ps.job import Job
 from ps.jobs import Jobs
 from ps.monitor import Patience
@@ -227,6 +227,8 @@ def answer_pushes(
             except Exception as error:
                 passing_over = True
                 response = pb.PushResponse(request_id=request_id, error=stream_error(error))
+                if isinstance(request, pb.PushRequest):
+                    _discard(jobs, request.header, place)
             incoming = None
             left.close()
             busy.close()
@@ -238,9 +240,19 @@ def _receive(incoming: _Arrival, header: pb.PushHeader, traffic: Traffic) -> Non
 
     A function of its own: a local of the stream would keep a trainer's memory from going with the trainer.
     """
-    for data in incoming.session.chosen.link.received(header, incoming.claim):
-        traffic.pushed(data if isinstance(data, int) else len(data))
-        incoming.feed(data)
+    with closing(incoming.session.chosen.link.received(header, incoming.claim)) as received:
+        for data in received:
+            traffic.pushed(data if isinstance(data, int) else len(data))
+            incoming.feed(data)
+
+
+def _discard(jobs: Jobs, header: pb.PushHeader, place: Place) -> None:
+    """A push was refused. What of it is on its way may not be taken for a part of the next."""
+    # The trainer is told why its push was refused. A link that is of no more use says so with the next.
+    with suppress(ServerError):
+        _, session = jobs.find(header.session_id)
+        place.belongs_to(session)
+        session.chosen.link.discard(header)
 
 
 def _begin(

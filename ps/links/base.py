@@ -71,12 +71,19 @@ class Link(ABC):
         """
 
     @abstractmethod
-    def received(self, header: pb.PushHeader, claim: Claim) -> Iterator[memoryview | int]:
+    def received(self, header: pb.PushHeader, claim: Claim) -> Generator[memoryview | int, None, None]:
         """The bytes of a push that come in another way than as messages, in order; a number of them for those that
         are where they were claimed.
 
         They are read before the next is asked for, and not after the push was acknowledged. Raises
         InvalidRequest for a header that names what this session does not have.
+        """
+
+    def discard(self, header: pb.PushHeader) -> None:  # noqa: B027 (what most bring needs nobody to take it)
+        """A push was refused. Takes what of it is on its way and has not been received, so that what comes next is
+        not taken for it.
+
+        Raises a ServerError where it does not come: the link is of no more use then.
         """
 
     def serve(self, pulls: Answer, pushes: Answer) -> None:  # noqa: B027 (those of most come over gRPC)

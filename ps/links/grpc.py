@@ -1,6 +1,6 @@
 """The link that always works: bytes in messages of the Pull and Push streams."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 
 from protos import MESSAGE_BYTES, frames
 from protos import zero_ps_pb2 as pb
@@ -18,8 +18,8 @@ class GrpcLink(Link):
     def answer(self, request_id: int, blocks: Iterable[Block | None]) -> Iterator[tuple[bytes | pb.PullResponse, int]]:
         return messages(request_id, blocks)
 
-    def received(self, header: pb.PushHeader, claim: Claim) -> Iterator[memoryview | int]:
-        return iter(())
+    def received(self, header: pb.PushHeader, claim: Claim) -> Generator[memoryview | int, None, None]:
+        yield from ()
 
 
 class GrpcKind(LinkKind):

@@ -9,7 +9,7 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 
 from protos import local_messages, rendezvous
 from protos import zero_ps_pb2 as pb
@@ -118,7 +118,7 @@ class ShmLink(Link):
                 self._lent.popleft().give_back()
                 self._read += 1
 
-    def received(self, header: pb.PushHeader, claim: Claim) -> Iterator[memoryview | int]:
+    def received(self, header: pb.PushHeader, claim: Claim) -> Generator[memoryview | int, None, None]:
         for region in header.regions:
             segment = self._segment
             if segment is None:

@@ -4,7 +4,7 @@ import grpc
 import pytest
 
 import trainer
-from protos import pair
+from protos import gloo_pair, pair
 from protos import zero_ps_pb2 as pb
 from protos.zero_ps_pb2_grpc import ParameterServerStub
 from ps import LocalCluster
@@ -25,7 +25,7 @@ class TestGlooLink(LinkConformance):
         ({"address": b""}, "needs the address of the trainer's end"),
         ({"address": bytes(pair.MAX_ADDRESS_BYTES + 1)}, "needs the address of the trainer's end"),
         ({"host": ""}, "and the server's host"),
-        ({"host": "no.such.host.invalid"}, "cannot listen for gloo at 'no.such.host.invalid'"),
+        ({"host": "no.such.host.invalid"}, "cannot make its end of a gloo link at 'no.such.host.invalid'"),
     ],
 )
 def test_a_link_that_cannot_be_prepared_is_refused(
@@ -52,7 +52,7 @@ def test_without_a_way_to_the_server_the_link_is_grpc_and_says_why(
     def fails(host: str, port: int) -> str:
         raise OSError("Network is unreachable")
 
-    monkeypatch.setattr(pair, "local_address", fails)
+    monkeypatch.setattr(gloo_pair, "local_address", fails)
     with trainer.connect(cluster.addresses, job=job_name, links=["gloo", "grpc"]) as job:
         assert all(link.kind == "grpc" for link in job.links)
         assert "cannot be made: Network is unreachable" in job.links[0].not_chosen["gloo"]

@@ -21,7 +21,7 @@ from ps.barrier import Barriers
 from ps.commits import MAX_TAGS
 from ps.errors import InvalidRequest, ServerFull
 from ps.home import IN_MEMORY
-from ps.links import LinkRefused, gloo
+from ps.links import LinkRefused, gloo, pair
 from ps.monitor import Monitor, Patience
 from ps.runs import MAX_RUNS
 from ps.sessions import Sessions
@@ -372,12 +372,12 @@ def test_links_that_are_prepared_and_not_used(monkeypatch: pytest.MonkeyPatch) -
         token = f"{number:032x}"
         kind.prepare(pb.PrepareLinkRequest(kind="gloo", token=token, host="127.0.0.1", address=b"nobody"))
 
-    monkeypatch.setattr(gloo, "_MAX_UNCLAIMED", 2)
+    monkeypatch.setattr(pair, "_MAX_UNCLAIMED", 2)
     prepare(0)
     prepare(1)
     with pytest.raises(InvalidRequest, match="or too many are"):
         prepare(2)
-    monkeypatch.setattr(gloo, "_UNCLAIMED_SECONDS", 0.0)
+    monkeypatch.setattr(pair, "_UNCLAIMED_SECONDS", 0.0)
     prepare(2)
 
 

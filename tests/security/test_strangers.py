@@ -19,6 +19,7 @@ import torch
 import trainer
 from protos import pair, rendezvous
 from protos import zero_ps_pb2 as pb
+from protos.gloo_pair import GlooPair
 from protos.segment import Arena
 from ps import LocalCluster
 from ps.links import shm
@@ -213,7 +214,7 @@ def form(of: dict[int, str], stranger_at: int | None = None) -> dict[int, object
                 receive(addresses[1 - rank])
 
             try:
-                outcome[rank] = pair.Pair(rank, "127.0.0.1", of[rank], exchange)
+                outcome[rank] = GlooPair(rank, "127.0.0.1", of[rank], exchange)
             except (RuntimeError, OSError) as error:
                 outcome[rank] = error
 
@@ -227,7 +228,7 @@ def form(of: dict[int, str], stranger_at: int | None = None) -> dict[int, object
 
 def test_the_ends_of_a_pair_make_sure_of_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pair, "FORM_SECONDS", 3.0)
-    assert all(isinstance(end, pair.Pair) for end in form({0: "a" * 32, 1: "a" * 32}).values())
+    assert all(isinstance(end, GlooPair) for end in form({0: "a" * 32, 1: "a" * 32}).values())
     for error in form({0: "a" * 32, 1: "b" * 32}).values():
         assert "somebody else connected" in str(error)
 
@@ -240,7 +241,7 @@ def test_who_takes_an_ends_place_gets_nothing(monkeypatch: pytest.MonkeyPatch) -
         assert len(outcome) == 2
         for end in outcome.values():
             # At the end that calls rather than listens there is no place to take.
-            assert isinstance(end, pair.Pair) or "Timed out" in str(end)
+            assert isinstance(end, GlooPair) or "Timed out" in str(end)
 
 
 @pytest.fixture(scope="module")

@@ -3,12 +3,13 @@
 Order, errors and the end of a connection are dealt with here.
 """
 
+import contextlib
 import itertools
 import threading
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
 
 import grpc
@@ -75,11 +76,14 @@ class PendingPull:
     def finish(self) -> None:
         # Whoever waits may look at once whether anybody still holds a view of the memory.
         self.destinations = ()
-        self.future.set_result(None)
+        # The end of the link may have come before, here and below.
+        with contextlib.suppress(InvalidStateError):
+            self.future.set_result(None)
 
     def fail(self, error: Exception) -> None:
         self.destinations = ()
-        self.future.set_exception(error)
+        with contextlib.suppress(InvalidStateError):
+            self.future.set_exception(error)
 
     def _skip_full(self) -> None:
         while not self.complete and self.offset == self.destinations[self.index].numel():
@@ -123,25 +127,37 @@ class StreamLink(Link):
         """All responses to a pull have been delivered."""
         pull.finish()
 
+    def refused(self, pull: PendingPull, error: Exception) -> None:
+        """The server has answered a pull with an error, perhaps behind a part of it."""
+        pull.fail(error)
+
     def acknowledged(self, request_id: int) -> None:
         """The server has a push, or refused it."""
 
+    def abandon(self) -> None:
+        """The link is at its end, of which nobody has heard yet: from here on no memory of a pull or a push is
+        touched. Safe to call twice."""
+
     def _pack(self, push: Push, header: pb.PushHeader) -> Iterator[bytes]:
-        """The messages that follow a header, as their bytes; the header is added to before this returns."""
+        """The messages that follow a header, as their bytes; the header is added to before this returns.
+
+        They are asked for when it has left, perhaps from another thread.
+        """
         return _messages(push.sources)
 
 
 class _Stream(ABC):
     """What both directions share: a thread that reads answers, an error that ends all."""
 
-    def __init__(self, name: str, address: str, channel: Channel, session_id: str) -> None:
-        self._address = address
+    def __init__(self, name: str, link: StreamLink, channel: Channel, session_id: str) -> None:
+        self._link = link
+        self._address = link.address
         self._channel = channel
         self._session_id = session_id
         self._lock = threading.Lock()
         self._error: Exception | None = None
         self._next_id = 1
-        self._reader = threading.Thread(target=self._read, name=f"{name} {address}", daemon=True)
+        self._reader = threading.Thread(target=self._read, name=f"{name} {link.address}", daemon=True)
         self._reader.start()
 
     def _read(self) -> None:
@@ -161,6 +177,7 @@ class _Stream(ABC):
 
     def fail(self, error: Exception) -> None:
         """Ends the stream. Everybody who waits for an answer, or will ask for one, gets this error."""
+        self._link.abandon()
         with self._lock:
             self._error = self._error or error
             futures = self._outstanding()
@@ -176,9 +193,8 @@ class _Stream(ABC):
 
 class _PullStream(_Stream):
     def __init__(self, link: StreamLink, channel: Channel, session_id: str) -> None:
-        self._link = link
         self._pending: deque[PendingPull] = deque()
-        super().__init__("zero-ps pull", link.address, channel, session_id)
+        super().__init__("zero-ps pull", link, channel, session_id)
 
     def submit(self, pull: Pull) -> "Future[None]":
         with self._lock:
@@ -213,7 +229,7 @@ class _PullStream(_Stream):
             raise ValueError(f"server {self._address} answered pull {response.request_id}, which nobody awaits")
         if isinstance(response, pb.PullResponse) and response.HasField("error"):
             self._pending.popleft()
-            head.fail(from_stream_error(self._address, response.error.code, response.error.message))
+            self._link.refused(head, from_stream_error(self._address, response.error.code, response.error.message))
             return
         self._link.deliver(response, head)
         if head.complete:
@@ -228,9 +244,8 @@ class _PullStream(_Stream):
 
 class _PushStream(_Stream):
     def __init__(self, link: StreamLink, channel: Channel, session_id: str) -> None:
-        self._link = link
         self._pending: dict[int, Future[None]] = {}
-        super().__init__("zero-ps push", link.address, channel, session_id)
+        super().__init__("zero-ps push", link, channel, session_id)
 
     def submit(self, push: Push) -> "Future[None]":
         future: Future[None] = Future()
