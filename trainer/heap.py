@@ -11,6 +11,10 @@ import os
 
 _LOOK_BYTES = 64 << 20
 _SLACK_BYTES = 16 << 20
+_SLACK_SHARE = 0.5
+"""Of the most that was in use. Activations leave holes of a quarter to two fifths of it, and go into them again; to
+give those back each time cost a compute-bound step of 151 M parameters 80,000 faults, 0.2 of its 2.8 processor seconds.
+"""
 
 
 class _Mallinfo2(ctypes.Structure):
@@ -30,7 +34,7 @@ def trim_heap() -> None:
 
 
 class Heap:
-    """Gives freed memory back where more of it is resident than was ever in use, and 16 MiB."""
+    """Gives freed memory back where half as much again is resident as was ever in use, and 16 MiB."""
 
     def __init__(self) -> None:
         self._left_bytes = 0
@@ -52,7 +56,7 @@ class Heap:
         self._most_bytes = max(self._most_bytes, used)
         if self._beside_bytes is not None:
             heap = _resident_bytes() - pooled_bytes - self._beside_bytes
-            if heap <= self._most_bytes + _SLACK_BYTES:
+            if heap <= self._most_bytes * (1 + _SLACK_SHARE) + _SLACK_BYTES:
                 return
         trim_heap()
         # Nothing that is free is resident now.
