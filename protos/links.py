@@ -2,12 +2,11 @@
 
 from collections.abc import Iterable
 
-KINDS = ("shm", "gloo", "grpc")
+KINDS = ("shm", "nccl", "gloo", "grpc")
 """Every kind, the best first.
 
-shm: memory that both processes share, on one host. gloo: a process group of the two, over TCP.
-grpc: messages over the connection that carries control;
-the one that always works.
+shm: memory that both processes share, on one host. nccl: between two GPUs. gloo: a process group of the two, over
+TCP. grpc: messages over the connection that carries control; the one that always works.
 """
 
 

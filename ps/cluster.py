@@ -30,7 +30,7 @@ class LocalCluster:
     lease: seconds after which a silent trainer counts as lost. keep: committed generations to keep.
     compress: of commits, by kind of array, as in "weight=zstd,state=zstd"; None for nothing.
     eviction: what leaves memory first where it is limited, "plan" (the default) or, to compare, "lru".
-    links: kinds of link that trainers may use; None for all.
+    links: kinds of link that trainers may use; None for all. device: each server's GPU for nccl links, as in 'cuda:0'.
     tls: a folder as `zero-ps certs` makes it; servers then speak TLS and ask clients for a certificate.
     tokens: a file of tokens and rights. plaintext_links: allows links beside TLS whose bytes are not encrypted.
     flags: further ones of `zero-ps serve`.
@@ -50,6 +50,7 @@ class LocalCluster:
         eviction: str | None = None,
         compress: str | None = None,
         links: Sequence[str] | None = None,
+        device: str | None = None,
         tls: str | os.PathLike[str] | None = None,
         tokens: str | os.PathLike[str] | None = None,
         plaintext_links: bool = False,
@@ -72,6 +73,7 @@ class LocalCluster:
             *_option("--eviction", eviction),
             *_option("--compress", compress),
             *_option("--links", None if links is None else ",".join(links)),
+            *_option("--device", device),
             *_option("--tls-cert", tls and Path(tls, "server.crt")),
             *_option("--tls-key", tls and Path(tls, "server.key")),
             *_option("--tls-ca", tls and Path(tls, "ca.crt")),

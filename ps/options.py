@@ -29,6 +29,7 @@ class ServerOptions:
     late_updates: updates are put off as long as `max_staleness` permits; to see what that does to training.
     advertise: the address at which trainers reach this server for other links than gRPC; None for the one that
         each of them uses.
+    device: a GPU of this server for nccl links, as in 'cuda:0'; None for none.
     max_jobs, max_sessions: in memory at a time. max_inflight_bytes: of one session's pushes that are arriving.
     """
 
@@ -40,6 +41,7 @@ class ServerOptions:
     codecs: tuple[tuple[str, str], ...] = ()
     links: tuple[str, ...] = KINDS
     advertise: str | None = None
+    device: str | None = None
     max_jobs: int = MAX_JOBS
     max_sessions: int = MAX_SESSIONS
     max_inflight_bytes: int = MAX_INFLIGHT_BYTES

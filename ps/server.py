@@ -24,6 +24,7 @@ from ps.errors import StartError
 from ps.guard import Gate, Guard
 from ps.jobs import Jobs
 from ps.links import Links
+from ps.links.nccl import check_device
 from ps.optimizer import warm_up
 from ps.options import ServerOptions
 from ps.process import keep_freed_blocks, return_freed_blocks, share_heaps
@@ -80,7 +81,10 @@ class Server:
             keep_freed_blocks()
         self._jobs = Jobs(options.server, data_dir, Tier(options.memory_bytes, policy_named(options.server.eviction)))
         self._links = Links(
-            options.server.links, options.server.advertise, dict.fromkeys(security.kept_in_tls, PLAIN_LINKS_REASON)
+            options.server.links,
+            options.server.advertise,
+            dict.fromkeys(security.kept_in_tls, PLAIN_LINKS_REASON),
+            options.server.device,
         )
         self._security = security
         self._service = ParameterServer(self._jobs, self._links, security.access)
@@ -149,6 +153,8 @@ def serve(options: ServeOptions) -> None:
     # Whatever is written from here on is the owner's alone, also in a folder that others may open.
     os.umask(0o077)
     security = Security(options.security, options.listen, options.server.links)
+    if options.server.device is not None:
+        check_device(options.server.device)
     data_dir = DataDir(options.data_dirs, options.server.index, options.server.num_shards)
     for path in data_dir.paths:
         if path.stat().st_mode & 0o077:

@@ -10,6 +10,7 @@ from ps.errors import Conflict, InvalidRequest
 from ps.links.base import Link, LinkKind, LinkRefused
 from ps.links.gloo import GlooKind
 from ps.links.grpc import GrpcKind
+from ps.links.nccl import NcclKind
 from ps.links.shm import ShmKind
 
 
@@ -26,6 +27,7 @@ class Links:
 
     advertise: the address at which trainers reach this server; None for the one that each of them uses.
     ruled_out: why, by kind, what would be allowed is not.
+    device: a GPU of this server, as in 'cuda:0', for nccl links.
     """
 
     def __init__(
@@ -33,6 +35,7 @@ class Links:
         allowed: Sequence[str] = KINDS,
         advertise: str | None = None,
         ruled_out: Mapping[str, str] = MappingProxyType({}),
+        device: str | None = None,
     ) -> None:
         # The best first.
         self._kinds: dict[str, LinkKind] = {}
@@ -45,7 +48,7 @@ class Links:
                 self._unavailable[kind] = "the server does not allow it (zero-ps serve --links)"
                 continue
             try:
-                self._kinds[kind] = _new_kind(kind, advertise)
+                self._kinds[kind] = _new_kind(kind, advertise, device)
             except LinkRefused as refused:
                 self._unavailable[kind] = str(refused)
 
@@ -88,11 +91,13 @@ class Links:
 _MAX_REASON_CHARS = 500
 
 
-def _new_kind(kind: str, advertise: str | None) -> LinkKind:
+def _new_kind(kind: str, advertise: str | None, device: str | None) -> LinkKind:
     """Raises LinkRefused where the system lacks what it takes."""
     match kind:
         case "shm":
             return ShmKind()
+        case "nccl":
+            return NcclKind(device)
         case "gloo":
             return GlooKind(advertise)
         case "grpc":

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -117,12 +117,20 @@ def random_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
 
 
 class LinkConformance:
+    """prelude: what a trainer in another process runs first."""
+
     kind: ClassVar[str]
+    prelude: ClassVar[str] = ""
+
+    @classmethod
+    def start(cls, **options: Any) -> LocalCluster:
+        """A server that has this kind of link."""
+        return LocalCluster(1, **options)
 
     @pytest.fixture(scope="class")
     @classmethod
     def cluster(cls) -> Iterator[LocalCluster]:
-        with LocalCluster(1, lease=5) as cluster:
+        with cls.start(lease=5) as cluster:
             yield cluster
 
     @pytest.fixture
@@ -246,6 +254,38 @@ class LinkConformance:
         peer.step(1)
         assert (peer.pull(0, version=2) == -2).all()
 
+    def test_pushes_that_are_refused_do_not_disturb_those_behind_them(self, open) -> None:
+        """Of some kinds of link bytes are on their way when the server refuses what they are of."""
+        peer = open({"w": torch.zeros(3_000_000), "v": torch.zeros(500_000)})
+        refused, counted = [], []
+        for sequence in range(4):
+            refused.append(peer.push(0, torch.full((3_000_000,), 100.0), step=7))
+            counted.append(peer.push(1, torch.full((500_000,), float(sequence)), sequence=sequence))
+            refused.append(peer.push(1, torch.full((500_000,), 100.0), sequence=17))
+            counted.append(peer.push(0, torch.full((3_000_000,), float(sequence)), sequence=sequence))
+        for push in counted:
+            push.result(TIMEOUT)
+        for push in refused:
+            assert isinstance(push.exception(TIMEOUT), trainer.RequestRefused)
+        peer.step(0)
+        assert (peer.pull(0, version=1) == -6).all() and (peer.pull(1, version=1) == -6).all()
+
+    def test_pulls_that_are_refused_do_not_disturb_those_behind_them(self, open) -> None:
+        peer = open({"w": torch.zeros(3_000_000), "v": torch.full((500_000,), 2.0)})
+        peer.push(0, torch.ones(3_000_000)).result(TIMEOUT)
+        peer.step(0)
+        assert (peer.pull(0, version=1) == -1).all()
+        refused, answered = [], []
+        for number in range(6):
+            refused.append(peer.start_pull(0, torch.empty(3_000_000), version=0))
+            target = torch.empty_like(peer.parameters[number % 2])
+            answered.append((number % 2, target, peer.start_pull(number % 2, target, version=1)))
+        for index, target, future in answered:
+            future.result(TIMEOUT)
+            assert (target == (-1, 2)[index]).all()
+        for future in refused:
+            assert isinstance(future.exception(TIMEOUT), trainer.RequestRefused)
+
     def test_what_is_read_while_updates_run_is_of_one_version(self, open) -> None:
         """A reader pulls as fast as it can, in two dtypes, while a trainer makes steps."""
         elements = 3_000_000
@@ -300,7 +340,7 @@ class LinkConformance:
                 later.result(TIMEOUT)
 
     def test_a_server_that_is_killed_in_the_middle_fails_what_is_outstanding(self, job_name: str) -> None:
-        with LocalCluster(1) as cluster:
+        with self.start() as cluster:
             peer = Peer(cluster.addresses[0], self.kind, job_name, {"w": torch.zeros(3_000_000)})
             targets = [torch.empty(3_000_000) for _ in range(20)]
             futures = [peer.start_pull(0, target) for target in targets]
@@ -327,6 +367,7 @@ class LinkConformance:
         script.write_text(
             f"""
 import sys, torch
+{self.prelude}
 from tests.links.conformance import Peer
 peer = Peer({cluster.addresses[0]!r}, {self.kind!r}, {job_name!r}, {{"w": torch.zeros(3_000_000)}})
 print("ready", flush=True)

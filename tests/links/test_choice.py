@@ -40,7 +40,7 @@ def test_nothing_in_common_is_an_error_with_every_reason() -> None:
 
 @pytest.mark.parametrize("text", ["", "tcp", "grpc,tcp"])
 def test_kinds_that_do_not_exist_are_refused(text: str) -> None:
-    with pytest.raises(ValueError, match=r"shm, gloo, grpc"):
+    with pytest.raises(ValueError, match=r"shm, nccl, gloo, grpc"):
         parse_kinds(text.split(",") if text else ())
 
 

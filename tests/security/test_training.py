@@ -55,7 +55,7 @@ def test_training_with_certificates_and_tokens_on_two_servers(
     check_same(values)
     for link in links:
         assert link.kind == "grpc"
-        for kind in ("shm", "gloo"):
+        for kind in ("shm", "nccl", "gloo"):
             assert link.not_chosen[kind] == "the server keeps bytes within TLS (zero-ps serve --plaintext-links)"
     # Another one may go on with it, and one that may only read may read it and no more.
     with trainer.connect(secured.addresses, job=job_name, credentials=files.credentials("admin")) as job:

@@ -7,6 +7,7 @@ from protos.links import KINDS
 from trainer.links.base import Candidate, Link, LinkUnusable
 from trainer.links.gloo import GlooCandidate
 from trainer.links.grpc import GrpcCandidate
+from trainer.links.nccl import NcclCandidate
 from trainer.links.outbox import Outbox
 from trainer.links.shm import ShmCandidate
 from trainer.server import Server
@@ -72,6 +73,8 @@ def _new_candidate(offered: pb.ServerLink, server: Server, shared: Shared) -> Ca
     match offered.kind:
         case "shm":
             return ShmCandidate(offered.address, shared.open_outbox)
+        case "nccl":
+            return NcclCandidate(server)
         case "gloo":
             return GlooCandidate(server)
         case "grpc":
