@@ -28,7 +28,7 @@ class Bundle:
 
         A final one does not wait: servers may update the parameter at once, while backward goes on.
         """
-        if push.kind is not PushKind.GRADIENT or push.runs is not None or push.final:
+        if push.kind is not PushKind.GRADIENT or push.runs is not None or push.final or push.after:
             return False
         if self._pushes and _terms(push) != _terms(self._pushes[0]):
             return False

@@ -14,6 +14,7 @@ class Connection:
     """servers, links, states: by shard. states: what each server had when its session was opened.
 
     place: among the trainers. outbox: memory that gradients leave from, if a link shares any.
+    device: whose memory all links read and write where it is, besides the host's; None where they do not.
     """
 
     def __init__(
@@ -30,6 +31,8 @@ class Connection:
         self.states: Sequence[pb.OpenSessionResponse] = session.states
         self.links = links
         self.outbox = outbox
+        devices = {link.device for link in links}
+        self.device = devices.pop() if len(devices) == 1 else None
 
     def close(self, step: int = 0) -> None:
         """Leaves in order, having asked every server for the steps before `step`. Safe to call twice."""

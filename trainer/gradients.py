@@ -13,8 +13,10 @@ import torch
 
 from protos import zero_ps_pb2 as pb
 from trainer.announcement import Announcement
+from trainer.bundle import BUNDLE_BYTES
 from trainer.config import OffloadConfig
 from trainer.coordinator import Coordinator
+from trainer.device import point
 from trainer.errors import ConfigError, ReleasedParameterError
 from trainer.grad_scaling import check_and_unscale, gradient_dtype
 from trainer.group import TrainerGroup
@@ -163,6 +165,50 @@ class Gradients:
             count = group.size * group.part_elements(count)
         nbytes = count * dtype.itemsize
         self._job.transfer.reserve(nbytes, self._config.max_inflight_push_bytes)
+        if group is None and gradient.device == self._job.device and nbytes >= BUNDLE_BYTES:
+            self._push_from_device(state, gradient, dtype, parts, final)
+        else:
+            self._push_from_host(state, gradient, dtype, parts, final, group, count)
+        state.contributions += 1
+        self._sent[state] = None
+        if gradient.device.type == "cpu":
+            self._heap.gradient_left(nbytes, self._memory.mapped_bytes)
+
+    def _push_from_device(
+        self,
+        state: OffloadedParameter,
+        gradient: torch.Tensor,
+        dtype: torch.dtype,
+        parts: tuple[Part, ...] | None,
+        final: bool,
+    ) -> None:
+        """Pushes a gradient from a copy on its device, which lives as long as it is on its way."""
+        assert state.remote is not None
+        leaving = torch.empty(gradient.shape, dtype=dtype, device=gradient.device).copy_(gradient)
+        self._job.transfer.push(
+            state.remote,
+            leaving,
+            PushKind.GRADIENT,
+            step=self._job.step,
+            sequence=state.contributions,
+            final=final,
+            parts=parts,
+            after=(point(gradient.device),),
+        )
+
+    def _push_from_host(
+        self,
+        state: OffloadedParameter,
+        gradient: torch.Tensor,
+        dtype: torch.dtype,
+        parts: tuple[Part, ...] | None,
+        final: bool,
+        group: TrainerGroup | None,
+        count: int,
+    ) -> None:
+        """Pushes a gradient from a copy in host memory. count: its elements, and those that a group adds."""
+        assert state.remote is not None
+        nbytes = count * dtype.itemsize
         # A copy, in memory that is used again and that servers read over a link that can: autograd's own block goes
         # back to the allocator at once.
         memory = (self._job.outbox if group is None else None) or self._memory
@@ -183,10 +229,6 @@ class Gradients:
                 parts=parts,
                 on_sent=functools.partial(memory.give, block),
             )
-        state.contributions += 1
-        self._sent[state] = None
-        if gradient.device.type == "cpu":
-            self._heap.gradient_left(nbytes, self._memory.mapped_bytes)
 
     def _reduce_scatter(
         self,

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+import torch
+
 from protos import MAX_METADATA_BYTES, names
 from protos import zero_ps_pb2 as pb
 from trainer.commit import Commit
@@ -101,6 +103,10 @@ class Job:
     @property
     def outbox(self) -> Outbox | None:
         return self.connection.outbox
+
+    @property
+    def device(self) -> torch.device | None:
+        return self.connection.device
 
     def __repr__(self) -> str:
         return f"Job({self.name!r}, step={self.step}, rank={self.rank}/{self.world_size}, servers={len(self.servers)})"

@@ -1,24 +1,30 @@
 """Where a parameter's bytes arrive, and how they get from there to where it is used.
 
-On the CPU they land in the parameter's own storage. For a CUDA device they land in pinned memory and are
-copied on a stream of its own, as soon as they are there and while the device computes: the copy waits for
-what the device did with that memory before, and whoever uses the parameter waits for the copy, both by
-events on the device and not by stopping the host.
+On the CPU they land in the parameter's own storage, and so they do on a CUDA device that all links write to. For
+another CUDA device they land in pinned memory and are copied on a stream of its own, as soon as they are there and
+while the device computes: the copy waits for what the device did with that memory before, and whoever uses the
+parameter waits for the copy, both by events on the device and not by stopping the host.
 """
 
 import threading
 from collections import defaultdict, deque
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 
+from trainer.device import point
 from trainer.parameter import OffloadedParameter
 
 
 class Landing(Protocol):
-    """buffer: a 1-d uint8 CPU tensor of the whole parameter."""
+    """buffer: a 1-d uint8 tensor of the whole parameter.
+
+    after: points that its device has to have come to before the buffer is written.
+    """
 
     buffer: torch.Tensor
+    after: "Sequence[torch.cuda.Event]"
 
     def arrived(self) -> None:
         """All bytes are in the buffer; called once, from any thread."""
@@ -30,11 +36,12 @@ class Landing(Protocol):
         """Nothing writes to the buffer any more, and nothing else will be called."""
 
 
-class HostLanding:
+class OwnLanding:
     """The parameter's own storage."""
 
-    def __init__(self, state: OffloadedParameter) -> None:
+    def __init__(self, state: OffloadedParameter, after: "Sequence[torch.cuda.Event]" = ()) -> None:
         self.buffer = state.bytes_view()
+        self.after = after
 
     def arrived(self) -> None:
         # Views of a parameter's memory tell that it is in use; this one has served.
@@ -92,14 +99,15 @@ class PinnedPool:
 class CudaLanding:
     """Pinned memory, and a copy to the parameter's storage on the copy stream of its device."""
 
+    after: "Sequence[torch.cuda.Event]" = ()
+
     def __init__(self, state: OffloadedParameter) -> None:
         self._device = state.device
         self._target = state.bytes_view()
         self._pinned = _pinned.take(state.nbytes)
         self.buffer = self._pinned.narrow(0, 0, state.nbytes)
         # What the allocator gave may still be read by kernels that were queued before it was freed.
-        self._free_since = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        self._free_since.record(torch.cuda.current_stream(self._device))
+        self._free_since = point(self._device)
         self._copied: torch.cuda.Event | None = None
 
     def arrived(self) -> None:
@@ -124,10 +132,13 @@ class CudaLanding:
         self.buffer = self._target = _NOTHING
 
 
-def landing(state: OffloadedParameter) -> Landing:
-    """A place for the bytes of a parameter that has its memory."""
+def landing(state: OffloadedParameter, device: torch.device | None) -> Landing:
+    """A place for the bytes of a parameter that has its memory. device: that links write to, if there is one."""
+    if state.device == device:
+        # What the allocator gave may still be read by kernels that were queued before it was freed.
+        return OwnLanding(state, (point(device),))
     if state.device.type == "cpu":
-        return HostLanding(state)
+        return OwnLanding(state)
     return CudaLanding(state)
 
 

@@ -11,6 +11,8 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 
+import torch
+
 from trainer.errors import DeadlineExceeded
 from trainer.group import TrainerGroup, Whole
 from trainer.job import Job
@@ -40,10 +42,16 @@ class Request:
     error: why it failed.
     group: those who pull the other parts of the parameters; None where this trainer pulls all of them.
     mine: in a group, done when this trainer's parts are here.
+    device: that links write to; in a group parameters become whole in host memory.
     """
 
     def __init__(
-        self, states: Sequence[OffloadedParameter], version: int, group: TrainerGroup | None, max_staleness: int
+        self,
+        states: Sequence[OffloadedParameter],
+        version: int,
+        group: TrainerGroup | None,
+        max_staleness: int,
+        device: torch.device | None,
     ) -> None:
         self.states = states
         self.version = version
@@ -51,7 +59,7 @@ class Request:
         self.group = group
         self.mine: Future[None] = Future()
         self.nbytes = sum(state.nbytes for state in states)
-        self.landings: list[Landing] = [landing(state) for state in states]
+        self.landings: list[Landing] = [landing(state, device if group is None else None) for state in states]
         self.sent = False
         self.error: BaseException | None = None
         self.asked_at = time.perf_counter()
@@ -69,11 +77,12 @@ class Request:
             grid, itemsize = state.remote.grid, state.dtype.itemsize
             if len(self.states) > 1 or (end - first) * itemsize <= _PIECE_BYTES:
                 parts = None if self.group is None else tuple(elements(grid, first, end))
-                together.append(Destination(state.remote, place.buffer, state.dtype, parts))
+                together.append(Destination(state.remote, place.buffer, state.dtype, parts, place.after))
                 size += (end - first) * itemsize
                 continue
             for start, stop in _pieces(first, end, grid.chunk_elements(0), itemsize):
-                destination = Destination(state.remote, place.buffer, state.dtype, tuple(elements(grid, start, stop)))
+                some = tuple(elements(grid, start, stop))
+                destination = Destination(state.remote, place.buffer, state.dtype, some, place.after)
                 yield [destination], (stop - start) * itemsize
         if size:
             yield together, size
@@ -129,7 +138,8 @@ class Requests:
 
         alone: all of them from the servers, also where there is a group.
         """
-        request = Request(states, version, None if alone else self._group, max_staleness)
+        group = None if alone else self._group
+        request = Request(states, version, group, max_staleness, self._job.device)
         pieces = list(request.pieces())
         request.outstanding = len(pieces)
         self._unsettled[request] = None

@@ -49,14 +49,16 @@ class RemoteParameter:
 class Destination:
     """A parameter to pull and where its bytes go.
 
-    buffer: 1-d uint8 CPU tensor, in `dtype`: of the whole parameter, or what `parts` say.
+    buffer: 1-d uint8 tensor, in `dtype`: of the whole parameter, or what `parts` say. On the CPU, or on `Job.device`.
     parts: to pull only these; None for all.
+    after: points that the device has to have come to before the buffer is written.
     """
 
     remote: RemoteParameter
     buffer: torch.Tensor
     dtype: torch.dtype
     parts: Sequence[Part] | None = None
+    after: Sequence["torch.cuda.Event"] = ()
 
 
 class Arrival:
@@ -130,6 +132,7 @@ class Transfer:
         nbytes = 0
         for dtype in dict.fromkeys(d.dtype for d in destinations):
             group = [d for d in destinations if d.dtype == dtype]
+            after = [point for d in group for point in d.after]
             for shard, link in enumerate(self._job.links):
                 chunks: list[tuple[int, int]] = []
                 buffers: list[torch.Tensor] = []
@@ -153,6 +156,7 @@ class Transfer:
                         array=self.weights if array is None else array,
                         runs=runs if any(destination.parts is not None for destination in group) else None,
                         max_staleness=max_staleness,
+                        after=after,
                     )
                     futures.append(link.pull(pull))
         with self._lock:
@@ -173,13 +177,15 @@ class Transfer:
         chunks: Iterable[int] | None = None,
         parts: Sequence[Part] | None = None,
         on_sent: Callable[[], None] | None = None,
+        after: Sequence["torch.cuda.Event"] = (),
     ) -> None:
         """Sends a whole parameter, or some of its chunks, without waiting for the acknowledgement.
 
-        tensor: contiguous CPU tensor of the parameter's shape, or what `parts` say; not to be changed before
-            `flush`.
+        tensor: contiguous tensor of the parameter's shape, or what `parts` say, on the CPU or on `Job.device`; not to
+            be changed before `flush`.
         parts: of a gradient, what the tensor is of; None for all.
         on_sent: called, from any thread, when every server has acknowledged its part.
+        after: points that the device has to have come to before the tensor is read.
         """
         self.check()
         data = tensor.reshape(-1).view(torch.uint8)
@@ -207,6 +213,7 @@ class Transfer:
                 array=array,
                 runs=None if parts is None else [part.runs for part in here],
                 final=final,
+                after=after,
             )
             self._submit(shard, push, functools.partial(self._acknowledged, size, sending))
 

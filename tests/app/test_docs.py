@@ -13,7 +13,7 @@ PAGES = [
     *("docs/architecture.md", "docs/failures.md", "docs/operations.md", "docs/security.md"),
 ]
 
-OWN = ("check", "check_open", "settle_commit", "adopt", "servers", "outbox")
+OWN = ("check", "check_open", "settle_commit", "adopt", "servers", "outbox", "device")
 """What other parts of the package use of a job."""
 
 

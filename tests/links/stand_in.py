@@ -1,33 +1,31 @@
-"""gloo and a thread in place of NCCL and a GPU's stream, so that `NcclPair` and all above it run where there is none.
+"""A socket and a thread in place of NCCL and a GPU's stream: `NcclPair` and all above it run where there is none.
 
 What it has in common with NCCL: no tags, the order of the calls, a stream that waits where the other end does not come,
 and a first move that returns only when the other end makes it, too. Run as a program, it is `ps`.
 """
 
+import contextlib
 import ctypes
-import datetime
 import itertools
 import queue
 import secrets
+import socket
+import struct
 import sys
-import tempfile
 import threading
+import time
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-from torch._C._distributed_c10d import FileStore
 
 import ps.server
 from protos import nccl, nccl_pair
 from protos.cuda_stream import Stage
 from tests import forks
 
-ONLY_TAG = 7
 _handles = itertools.count(1)
 _streams: dict[int, "Stream"] = {}
 
@@ -59,35 +57,68 @@ class Stream:
 
 
 class Communicator:
+    """A socket. Its two ends meet at a place that the id names."""
+
     def __init__(self, device: torch.device, unique_id: bytes, rank: int, seconds: float) -> None:
-        self._peer = 1 - rank
         self._error = ""
         self._met = False
-        store = FileStore(str(Path(tempfile.gettempdir(), f"zero-ps-{unique_id[:32].decode()}")), 2)
-        self._group: Any = dist.ProcessGroupGloo(store, rank, 2, datetime.timedelta(seconds=seconds))
+        # Without a file: there is nothing to be removed.
+        place = f"\0zero-ps-{unique_id[:32].decode()}"
+        if rank == 0:
+            with socket.socket(socket.AF_UNIX) as listener:
+                listener.bind(place)
+                listener.listen(1)
+                listener.settimeout(seconds)
+                self._socket, _ = listener.accept()
+        else:
+            self._socket = socket.socket(socket.AF_UNIX)
+            end = time.monotonic() + seconds
+            while self._socket.connect_ex(place):
+                assert time.monotonic() < end, "the other end did not come"
+                time.sleep(0.005)
+        self._socket.settimeout(60)
 
     def send(self, address: int, nbytes: int, stream: int, seconds: float) -> None:
-        self._move(self._group.send, address, nbytes, stream, seconds)
+        self._move(self._send, address, nbytes, stream)
 
     def receive(self, address: int, nbytes: int, stream: int, seconds: float) -> None:
-        self._move(self._group.recv, address, nbytes, stream, seconds)
+        self._move(self._receive, address, nbytes, stream)
 
-    def _move(self, move: Any, address: int, nbytes: int, stream: int, seconds: float) -> None:
+    def _move(self, move: Callable[[memoryview], None], address: int, nbytes: int, stream: int) -> None:
         self.settled()
         if not self._met:
-            for first in (move, self._group.recv if move == self._group.send else self._group.send):
-                first([torch.zeros(1)], self._peer, ONLY_TAG).wait(datetime.timedelta(seconds=seconds))
+            self._socket.sendall(b"!")
+            assert self._socket.recv(1) == b"!"
             self._met = True
-        memory = torch.frombuffer((ctypes.c_char * nbytes).from_address(address), dtype=torch.uint8)
+        memory = memoryview((ctypes.c_char * nbytes).from_address(address)).cast("B")
 
         def run() -> None:
             if not self._error:
                 try:
-                    move([memory], self._peer, ONLY_TAG).wait(datetime.timedelta(seconds=60))
-                except RuntimeError as error:
-                    self._error = self._error or str(error)
+                    move(memory)
+                except (OSError, ValueError) as error:
+                    self._error = self._error or f"remote error: {error}"
 
         _streams[stream].add(run)
+
+    def _send(self, memory: memoryview) -> None:
+        self._socket.sendall(struct.pack("<Q", len(memory)))
+        self._socket.sendall(memory)
+
+    def _receive(self, memory: memoryview) -> None:
+        (size,) = struct.unpack("<Q", self._read(memoryview(bytearray(8))))
+        if size != len(memory):
+            raise ValueError(f"{len(memory)} bytes are to be received where {size} were sent")
+        self._read(memory)
+
+    def _read(self, memory: memoryview) -> memoryview:
+        left = memory
+        while left:
+            count = self._socket.recv_into(left)
+            if not count:
+                raise ConnectionResetError("the other end is gone")
+            left = left[count:]
+        return memory
 
     def settled(self) -> bool:
         if self._error:
@@ -96,7 +127,9 @@ class Communicator:
 
     def abort(self) -> None:
         self._error = self._error or "this end has left the pair"
-        self._group.abort()
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self._socket.close()
 
 
 def unique_id() -> bytes:
@@ -111,6 +144,23 @@ def patch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nccl_pair, "CudaStream", Stream)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr("ps.cluster.subprocess", _Popen())
+
+
+class Point:
+    """Of a device that is a little behind."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._end = time.monotonic() + 0.003
+
+    def query(self) -> bool:
+        return time.monotonic() > self._end
+
+
+def patch_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has the CPU's memory count as that of the trainer's device, which links write to and read where it is."""
+    monkeypatch.setattr("trainer.links.nccl.current_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr("trainer.landing.point", Point)
+    monkeypatch.setattr("trainer.gradients.point", Point)
 
 
 class _Popen:

@@ -61,9 +61,7 @@ def test_an_invalid_use_says_what_two_processes_on_one_gpu_need() -> None:
         ncclGetErrorString=lambda code: b"invalid usage", ncclGetLastError=lambda handle: b"Duplicate GPU detected"
     )
     assert library.check(0, "ncclSend") == 0
-    with pytest.raises(
-        RuntimeError, match="ncclSend: invalid usage: Duplicate GPU detected; .* NCCL_HOSTID of"
-    ):
+    with pytest.raises(RuntimeError, match="ncclSend: invalid usage: Duplicate GPU detected; .* NCCL_HOSTID of"):
         library.check(5, "ncclSend")
     with pytest.raises(RuntimeError) as error:
         library.check(1, "ncclRecv")

@@ -1,17 +1,23 @@
-"""What every link does, through the nccl link's classes, with gloo in place of NCCL (`tests.links.stand_in`)."""
+"""What every link does, through the nccl link's classes, with sockets in place of NCCL (`tests.links.stand_in`)."""
 
+import threading
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
+import trainer
 from ps import LocalCluster
 from tests.links import stand_in
-from tests.links.conformance import LinkConformance
+from tests.links.conformance import TIMEOUT, LinkConformance, Peer
+from tests.trainer.runs import gathered_values
+from trainer.links import Pull, Push, PushKind
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _gloo_in_place_of_nccl() -> Iterator[None]:
+def _sockets_in_place_of_nccl() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as monkeypatch:
         stand_in.patch(monkeypatch)
         yield
@@ -24,3 +30,83 @@ class TestNcclLink(LinkConformance):
     @classmethod
     def start(cls, **options: Any) -> LocalCluster:
         return LocalCluster(1, device="cuda:0", **options)
+
+
+class TestNcclLinkOnTheDevice(TestNcclLink):
+    """The trainer's memory is the device's."""
+
+    prelude = f"{TestNcclLink.prelude}\ntests.links.stand_in.patch_device(pytest.MonkeyPatch())"
+
+    @pytest.fixture(autouse=True)
+    def _device(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        stand_in.patch_device(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def servers() -> Iterator[LocalCluster]:
+    with LocalCluster(2, device="cuda:0") as cluster:
+        yield cluster
+
+
+def _train(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    for step in range(3):
+        x = torch.randn(4, 600, generator=torch.Generator().manual_seed(step))
+        model(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+def test_training_equals_plain_torch(
+    servers: LocalCluster, job_name: str, monkeypatch: pytest.MonkeyPatch, on_device: bool
+) -> None:
+    def new() -> torch.nn.Module:
+        torch.manual_seed(1)
+        return torch.nn.Sequential(torch.nn.Linear(600, 3000), torch.nn.GELU(), torch.nn.Linear(3000, 600))
+
+    if on_device:
+        stand_in.patch_device(monkeypatch)
+    plain = new()
+    _train(plain, torch.optim.SGD(plain.parameters(), lr=0.1))
+    with trainer.connect(servers.addresses, job=job_name, links=["nccl"]) as job:
+        assert (job.device == torch.device("cpu")) == on_device
+        # Everything leaves and comes back, over and over.
+        config = trainer.OffloadConfig(param_persistence_threshold=0, max_reuse_distance=0, prefetch_bucket_size=1)
+        model = trainer.offload(new(), job, config)
+        _train(model, trainer.RemoteOptimizer(model.parameters(), torch.optim.SGD, lr=0.1))
+        values = gathered_values(model)
+    for name, value in plain.named_parameters():
+        assert torch.equal(values[name], value), name
+
+
+def test_memory_is_read_and_written_when_the_device_has_come_so_far(job_name: str) -> None:
+    """What comes behind waits, too; the server is not kept waiting for what the device has not computed."""
+    size = 3_000_000
+    with (
+        LocalCluster(1, device="cuda:0") as cluster,
+        Peer(cluster.addresses[0], "nccl", job_name, {"w": torch.ones(size)}) as peer,
+    ):
+        reached = threading.Event()
+        after = (SimpleNamespace(query=reached.is_set),)
+        gradient, target, behind = torch.zeros(size), torch.zeros(size), torch.zeros(size)
+        chunks, sources = peer._chunks(0, gradient)
+        push = peer.link.push(Push(PushKind.GRADIENT, 0, chunks, sources, torch.float32, after=after))
+        chunks, destinations = peer._chunks(0, target)
+        pull = peer.link.pull(Pull(0, chunks, destinations, torch.float32, TIMEOUT, after=after))
+        last = peer.start_pull(0, behind)
+        with pytest.raises(TimeoutError):
+            last.result(0.5)
+        gradient.fill_(2)
+        assert (target == 0).all() and not push.done()
+        reached.set()
+        for future in (push, pull, last):
+            future.result(TIMEOUT)
+        assert (target == 1).all() and (behind == 1).all()
+        peer.step(0)
+        assert (peer.pull(0, version=1) == -1).all()
+        # One that never comes holds up nobody who closes the link.
+        never = peer.link.pull(
+            Pull(1, *peer._chunks(0, target), torch.float32, TIMEOUT, after=(SimpleNamespace(query=bool),))
+        )
+        peer.link.close()
+        assert isinstance(never.exception(TIMEOUT), trainer.ConnectError)

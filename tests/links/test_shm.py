@@ -102,7 +102,8 @@ def test_a_trainer_whose_server_is_not_there_gets_the_next_best_link_and_says_wh
 ) -> None:
     monkeypatch.setattr(rendezvous, "this_host", lambda: "elsewhere")
     with trainer.connect(cluster.addresses, job=job_name) as job:
-        assert [link.describe() for link in job.links] == ["gloo (shm: the server runs on another host)"] * 2
+        said = "gloo (shm: the server runs on another host; nccl: the server has no GPU (zero-ps serve --device))"
+        assert [link.describe() for link in job.links] == [said] * 2
         assert job.outbox is None
 
 

@@ -31,8 +31,10 @@ class PushKind(Enum):
 class Pull:
     """Chunks wanted at one version.
 
-    destinations: for each chunk a 1-d uint8 CPU tensor of the chunk's size in bytes on the wire. They
-        may be written at any time until the pull's future is done, also when it ends with an error.
+    destinations: for each chunk a 1-d uint8 tensor of the chunk's size in bytes on the wire, on the CPU or on the
+        link's device. They may be written at any time until the pull's future is done, also when it ends with an
+        error.
+    after: points that the device has to have come to before; the pull waits for them, and those behind it.
     dtype: on the wire; None means as stored.
     timeout: seconds that the server may wait for the version.
     array: which tensor of the chunks: empty for the weight, or optimizer state by its name.
@@ -49,13 +51,16 @@ class Pull:
     array: str = ""
     runs: Sequence[Sequence[Run]] | None = None
     max_staleness: int = 0
+    after: Sequence["torch.cuda.Event"] = ()
 
 
 @dataclass(frozen=True)
 class Push:
     """Bytes of chunks for a server.
 
-    sources: for each chunk a 1-d uint8 CPU tensor; not to be changed before the push's future is done.
+    sources: for each chunk a 1-d uint8 tensor, on the CPU or on the link's device; not to be changed before the
+        push's future is done.
+    after: points that the device has to have come to before; the push waits for them, and those behind it.
     array: for optimizer state, its name.
     sequence: for gradients, how many contributions of this trainer to these chunks came before in
         the step.
@@ -72,6 +77,7 @@ class Push:
     array: str = ""
     runs: Sequence[Sequence[Run]] | None = None
     final: bool = False
+    after: Sequence["torch.cuda.Event"] = ()
 
 
 class Link(ABC):
@@ -83,9 +89,11 @@ class Link(ABC):
     error of the connection itself every outstanding and later future carries it.
 
     not_chosen: why each kind that would be better is not in use.
+    device: whose memory it reads and writes where it is, besides the host's; None for none.
     """
 
     kind: str
+    device: torch.device | None = None
     not_chosen: Mapping[str, str] = MappingProxyType({})
 
     def describe(self) -> str:

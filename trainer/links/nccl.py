@@ -15,5 +15,8 @@ class NcclCandidate(PairCandidate):
     def _make(self, host: str, port: int, secret: str, exchange: Exchange) -> Pair:
         if why := nccl.why_not():
             raise LinkUnusable(why)
-        device = torch.device("cuda", torch.cuda.current_device())
-        return NcclPair(pair.TRAINER, device, secret, exchange)
+        return NcclPair(pair.TRAINER, current_device(), secret, exchange)
+
+
+def current_device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device())

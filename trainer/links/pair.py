@@ -24,6 +24,7 @@ class PairLink(StreamLink):
 
     def __init__(self, kind: str, server: Server, pair: Pair) -> None:
         self.kind = kind
+        self.device = pair.device
         self._pair = pair
         self._tag = 0
         # By the push: what may not be changed or freed before the server has it.
@@ -83,7 +84,8 @@ class PairLink(StreamLink):
     # ------------------------------------------------------------ pushes
 
     def _pack(self, push: Push, header: pb.PushHeader) -> Iterator[bytes]:
-        if sum(source.numel() for source in push.sources) < pair.SMALL_BYTES:
+        size = sum(source.numel() for source in push.sources)
+        if size < pair.SMALL_BYTES and not push.after:
             return super()._pack(push, header)
         parcels = []
         for source in push.sources:

@@ -6,9 +6,10 @@ Order, errors and the end of a connection are dealt with here.
 import contextlib
 import itertools
 import threading
+import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
 
@@ -18,7 +19,7 @@ import torch
 from protos import MESSAGE_BYTES, dtypes, frames
 from protos import zero_ps_pb2 as pb
 from trainer.links.base import Link, Pull, Push, PushKind, Run
-from trainer.links.buffers import byte_view
+from trainer.links.buffers import byte_view, fill
 from trainer.links.channels import Channel, GrpcChannel
 from trainer.rpc import from_stream_error
 from trainer.server import Server
@@ -29,6 +30,9 @@ _PUSH_KINDS = {
     PushKind.STAGED: pb.PushHeader.KIND_STAGED,
     PushKind.STATE: pb.PushHeader.KIND_STATE,
 }
+
+
+_POLL_SECONDS = 0.0002
 
 
 @dataclass
@@ -59,7 +63,7 @@ class PendingPull:
                 raise ValueError(f"{len(source)} bytes more than were asked for")
             destination = self.destinations[self.index]
             count = min(len(source), destination.numel() - self.offset)
-            byte_view(destination, self.offset, count)[:] = source[:count]
+            fill(destination, self.offset, source[:count])
             source = source[count:]
             self.offset += count
             self._skip_full()
@@ -168,6 +172,26 @@ class _Stream(ABC):
         except Exception as error:  # a fault of ours must not leave anyone waiting
             self.fail(error)
 
+    def _after(self, points: "Sequence[torch.cuda.Event]", messages: Iterable[bytes]) -> Iterable[bytes]:
+        """The messages, once the device has come to these points.
+
+        This thread waits, and not a stream of the device: the other end is not patient for long with a parcel that was
+        announced.
+        """
+        return self._waited(points, messages) if points else messages
+
+    def _waited(self, points: "Sequence[torch.cuda.Event]", messages: Iterable[bytes]) -> Iterator[bytes]:
+        try:
+            for point in points:
+                while not point.query():  # type: ignore[no-untyped-call]
+                    if self._error is not None:
+                        return
+                    time.sleep(_POLL_SECONDS)
+        except Exception as error:  # of the device
+            self.fail(error)
+            return
+        yield from messages
+
     @abstractmethod
     def _receive(self, message: bytes) -> None: ...
 
@@ -219,7 +243,7 @@ class _PullStream(_Stream):
                 parts=_parts(pull.runs),
                 max_staleness=pull.max_staleness,
             )
-            self._channel.send((request.SerializeToString(),))
+            self._channel.send(self._after(pull.after, (request.SerializeToString(),)))
         return pending.future
 
     def _receive(self, message: bytes) -> None:
@@ -258,7 +282,8 @@ class _PushStream(_Stream):
             self._pending[header.request_id] = future
             try:
                 messages = self._link._pack(push, header)
-                self._channel.send(itertools.chain((pb.PushRequest(header=header).SerializeToString(),), messages))
+                request = pb.PushRequest(header=header).SerializeToString()
+                self._channel.send(self._after(push.after, itertools.chain((request,), messages)))
             except Exception as error:  # a fault of ours must not leave anyone waiting
                 failure = error
         if failure is not None:
