@@ -54,13 +54,16 @@ class AgreedStep:
         self._ready += new
         return bool(new)
 
-    def take(self, max_bytes: int) -> list[Chunk]:
+    def take(self, min_bytes: int, max_bytes: int) -> list[Chunk]:
         """The chunks to update next, in the order in which trainers need them; each is handed out once.
 
-        Of a step that is not complete no more than so many bytes, as those that are needed sooner come later.
+        Of a step that is not complete nothing where it is less than `min_bytes`, and no more than about `max_bytes`,
+        as those that are needed sooner come later.
         """
         if self.complete:
             return [chunk for chunk in self.shard.schedule.update_order() if chunk.version == self.step]
+        if sum(chunk.num_bytes() for chunk in self._ready) < min_bytes:
+            return []
         self._ready.sort(key=self.shard.schedule.update_place)
         taken, size = 0, 0
         while taken < len(self._ready) and size < max_bytes:

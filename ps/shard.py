@@ -40,6 +40,7 @@ class Shard:
     restore_id: of the restore that the state stems from, or "".
     tier, areas: what counts the bytes of chunks, and where those go that do not fit: on each disk the chunks that
         a generation would have there. No areas if all fit.
+    num_bytes: of all weights.
     schedule: when chunks are used next.
     """
 
@@ -89,6 +90,7 @@ class Shard:
             self._of_parameter.append(here)
         for area in self.areas:
             area.on_loss = self.fail
+        self.num_bytes = sum(chunk.num_bytes() for chunk in self)
         self.schedule = Schedule(list(self))
         if tier.limited:
             self.schedule.forecast()

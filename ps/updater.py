@@ -1,7 +1,7 @@
 """Runs the steps that all trainers agreed on, chunk by chunk, in the background.
 
-Of a step that was announced, chunks whose gradients are final are updated as they come, in batches of what has
-come meanwhile; the rest follows when the step is asked for. What trainers need first is updated first.
+Of a step that was announced, chunks whose gradients are final are updated as they come, in batches that are worth
+a call; the rest follows when the step is asked for. What trainers need first is updated first.
 
 Where memory is limited, what the next batches need is read while one is stepped, and what the last ones
 have changed is written: see `ps/tier`.
@@ -29,6 +29,9 @@ from ps.working_set import of_update, to_read_ahead
 _FIRST_BATCH_BYTES, _BATCH_BYTES = 4 << 20, 16 << 20
 """Chunks up to this size together are stepped in one call of torch. A call costs some 250 µs, as much as AdamW on
 0.8 MiB; but whoever waits for the first chunks waits for all of their batch."""
+
+_EARLY_SHARE = 1 / 16
+"""Of a shard: less than this is not worth an update while the others' gradients are still to come."""
 
 _log = logging.getLogger(__name__)
 
@@ -98,7 +101,7 @@ class Updater:
                 if step.lost is not None:
                     break
                 # What comes after this instant is submitted anew.
-                complete, chunks = step.complete, step.take(_BATCH_BYTES)
+                complete, chunks = step.complete, step.take(_early_bytes(shard), _BATCH_BYTES)
                 if chunks:
                     step.moved = True
                     shard.newest_version = max(shard.newest_version, step.step + 1)
@@ -142,7 +145,8 @@ class Updater:
     def _update(self, step: AgreedStep, chunks: Sequence[Chunk], *, early: bool) -> None:
         shard, optimizer = step.shard, step.shard.optimizer
         assert optimizer is not None
-        batches = list(_batches(shard, chunks))
+        # For those that come early nobody waits yet.
+        batches = list(_batches(shard, chunks, _BATCH_BYTES if early else _FIRST_BATCH_BYTES))
         ahead = ReadAhead(shard.tier, batches, lambda batch: to_read_ahead(batch, step.contributions, step.step))
         for number, batch in enumerate(batches):
             ahead.reached(number)
@@ -209,12 +213,22 @@ def _averaged(shard: Shard, optimizer: ChunkOptimizer, chunks: Iterable[Chunk]) 
     return [c for c in chunks if c.parameter in optimizer.group_of and shard.manifest[c.parameter].has_state]
 
 
-def _batches(shard: Shard, chunks: Iterable[Chunk]) -> Iterator[list[Chunk]]:
-    """Runs of chunks in the order given, short ones first."""
+def _most_bytes(shard: Shard) -> int:
+    """Of a batch."""
+    return min(_BATCH_BYTES, shard.tier.lease_limit_bytes // 16) if shard.tier.limited else _BATCH_BYTES
+
+
+def _early_bytes(shard: Shard) -> int:
+    """Of the chunks that are ready before a step is complete, when they are updated."""
+    return min(_most_bytes(shard), int(shard.num_bytes * _EARLY_SHARE))
+
+
+def _batches(shard: Shard, chunks: Iterable[Chunk], first_bytes: int) -> Iterator[list[Chunk]]:
+    """Runs of chunks in the order given, the first one of about `first_bytes` and the next ones longer."""
     batch: list[Chunk] = []
     size = 0
-    most = min(_BATCH_BYTES, shard.tier.lease_limit_bytes // 16) if shard.tier.limited else _BATCH_BYTES
-    limit = min(most, _FIRST_BATCH_BYTES)
+    most = _most_bytes(shard)
+    limit = min(most, first_bytes)
     for chunk in chunks:
         if batch and size + chunk.num_bytes() > limit:
             yield batch
