@@ -10,7 +10,7 @@ PEERS := .venv-peers
 SOURCES := ps trainer protos tests hatch_build.py $(wildcard benchmarks examples)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format protos test-gpu soak load garbage bench bench-peers clean
+.PHONY: help install demo test lint format protos test-gpu soak load garbage bench bench-gpu bench-peers clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -71,6 +71,9 @@ garbage: install ## send servers thousands of messages that no trainer would (AR
 
 bench: install ## the benchmarks, and pictures of them, in runs/bench (ARGS='--quick --only step,links')
 	$(BIN)/python -m benchmarks $(ARGS)
+
+bench-gpu: install ## what links do with a CUDA device (ARGS='--quick --json runs/bench/gpu.json')
+	$(BIN)/python -m benchmarks.gpu $(ARGS)
 
 # DeepSpeed has an environment of its own, so that nothing of it can get into ours. What it compiles when it is first
 # used is compiled here, since one that is interrupted there hangs the next.

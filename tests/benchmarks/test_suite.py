@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import report, tables
 from benchmarks.__main__ import MODULES
@@ -33,6 +34,16 @@ def test_every_measurement_is_a_program_with_the_same_flags(name: str) -> None:
     tree = ast.parse(Path(str(module.__file__)).read_text())
     used = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
     assert used & {"report.main", "report.parser"}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about a machine without a CUDA device")
+def test_without_a_gpu_its_measurement_says_so(tmp_path: Path) -> None:
+    finished = subprocess.run(
+        [sys.executable, "-m", "benchmarks.gpu", "--quick", "--json", str(tmp_path / "gpu.json")],
+        cwd=ROOT, capture_output=True, text=True, timeout=110, check=False,
+    )  # fmt: skip
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout == "no GPU: torch finds no CUDA device here, so nothing was measured\n"
 
 
 def test_flags_of_a_measurement(tmp_path: Path) -> None:

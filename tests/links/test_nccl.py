@@ -16,12 +16,11 @@ from ps.cli import main
 from ps.errors import StartError
 from ps.links import Links
 from ps.links.nccl import check_device
+from tests.gpu import host, needs_gpu, start_servers
 from tests.links import stand_in
 from tests.links.conformance import LinkConformance
 
-GPU = torch.cuda.is_available()
-needs_gpu = pytest.mark.skipif(not GPU, reason="torch finds no CUDA device here")
-needs_none = pytest.mark.skipif(GPU, reason="is about a machine without a CUDA device")
+needs_none = pytest.mark.skipif(torch.cuda.is_available(), reason="is about a machine without a CUDA device")
 
 
 # ---------------------------------------------------------------- the library
@@ -154,29 +153,17 @@ def test_what_comes_out_of_turn_is_not_taken_for_what_is_next() -> None:
 # ---------------------------------------------------------------- on a GPU
 
 
-@pytest.fixture(scope="class")
-def _two_hosts() -> Iterator[None]:
-    """NCCL takes two processes for two hosts, so that both can use one GPU."""
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setenv("NCCL_HOSTID", "zero-ps trainer")
-        monkeypatch.setenv("NCCL_SOCKET_IFNAME", "lo")
-        yield
-
-
-def start_with_gpu(**options: Any) -> LocalCluster:
-    """A server with the first GPU and an NCCL_HOSTID of its own."""
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setenv("NCCL_HOSTID", "zero-ps server")
-        monkeypatch.setenv("NCCL_SOCKET_IFNAME", "lo")
-        return LocalCluster(1, device="cuda:0", **options)
-
-
 @pytest.mark.gpu
 @needs_gpu
-@pytest.mark.usefixtures("_two_hosts")
 class TestNcclLink(LinkConformance):
     kind = "nccl"
 
+    @pytest.fixture(scope="class", autouse=True)
+    @classmethod
+    def _own_host(cls) -> Iterator[None]:
+        with host("zero-ps trainer"):
+            yield
+
     @classmethod
     def start(cls, **options: Any) -> LocalCluster:
-        return start_with_gpu(**options)
+        return start_servers(1, **options)
