@@ -2,7 +2,7 @@
 
 NCCL has no tags: what is sent meets what is received in the order of the calls. So each direction has a communicator
 of its own, and a stream. A stream that sends or receives does so as soon as the other end does, and until then it
-occupies a little of the device. It depends on nothing that this process has still to do but announce what it sends.
+occupies a little of the device.
 """
 
 import logging
