@@ -28,7 +28,7 @@ _lost: list[object] = []
 
 
 class _Lane:
-    """One direction. patience: seconds that the other end may take for a parcel."""
+    """One direction. patience: seconds that the other end may take until there is room for another parcel."""
 
     def __init__(self, communicator: Communicator, stream: CudaStream, device: torch.device) -> None:
         self.communicator = communicator
@@ -44,7 +44,7 @@ class _Lane:
         while not ready():
             self.communicator.settled()
             if time.monotonic() > end:
-                raise RuntimeError(f"the other end took longer than {seconds:g} s for a parcel")
+                raise RuntimeError(f"the other end did not move a parcel within {seconds:g} s")
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_POLL_SECONDS)
         self.communicator.settled()
@@ -166,8 +166,8 @@ class NcclPair(Pair):
         except BaseException:
             self.abort()
             raise
-        for lane in self._lanes:
-            lane.patience = pair.MOVE_SECONDS
+        self._incoming.patience = pair.MOVE_SECONDS
+        self._outgoing.patience = pair.MOVE_SECONDS if rank == SERVER else pair.ROOM_SECONDS
 
     def send(self, data: torch.Tensor, tag: int) -> Work:
         return self._outgoing.send(data)

@@ -21,6 +21,10 @@ FORM_SECONDS = 10.0
 MOVE_SECONDS = 15.0
 """How long the other end may take for one parcel. One that takes longer is stopped or cut off."""
 
+ROOM_SECONDS = 600.0
+"""How long a trainer waits for room to send: a server takes nothing of a push before what it is of is due, which may
+depend on other trainers. Leases tell whether it lives."""
+
 PARCEL_BYTES = 8 << 20
 """The most bytes that are sent at once."""
 
@@ -64,7 +68,7 @@ class Pair(ABC):
     def send(self, data: torch.Tensor, tag: int) -> Work:
         """data: 1-d, contiguous, at most `PARCEL_BYTES`, not to be changed before the work is done.
 
-        May wait until there is room, which takes the other end. Raises RuntimeError as `Work.wait` does.
+        Waits until there is room, which takes the other end. Raises RuntimeError as `Work.wait` does.
         """
 
     def receive(self, target: torch.Tensor, tag: int) -> Work:

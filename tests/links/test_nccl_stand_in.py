@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import trainer
+from protos import pair
 from ps import LocalCluster
 from tests.links import stand_in
 from tests.links.conformance import TIMEOUT, LinkConformance, Peer
@@ -110,3 +111,21 @@ def test_memory_is_read_and_written_when_the_device_has_come_so_far(job_name: st
         )
         peer.link.close()
         assert isinstance(never.exception(TIMEOUT), trainer.ConnectError)
+
+
+def test_a_push_that_has_to_wait_for_its_version_waits_longer_than_a_parcel_may_take(
+    job_name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server takes none of it before: there is no room here for all of it, and that is no error."""
+    size = 12_000_000
+    monkeypatch.setattr(pair, "MOVE_SECONDS", 1.0)
+    with (
+        LocalCluster(1, device="cuda:0") as cluster,
+        Peer(cluster.addresses[0], "nccl", job_name, {"w": torch.zeros(size)}) as peer,
+    ):
+        early = peer.push(0, torch.full((size,), 3.0), kind=PushKind.WEIGHT, step=1)
+        with pytest.raises(TimeoutError):
+            early.result(2.5)
+        peer.step(0)
+        early.result(TIMEOUT)
+        assert (peer.pull(0, version=1) == 3).all()

@@ -85,7 +85,7 @@ class PairLink(StreamLink):
 
     def _pack(self, push: Push, header: pb.PushHeader) -> Iterator[bytes]:
         size = sum(source.numel() for source in push.sources)
-        if size < pair.SMALL_BYTES and not push.after:
+        if size < pair.SMALL_BYTES and all(source.device.type == "cpu" for source in push.sources):
             return super()._pack(push, header)
         parcels = []
         for source in push.sources:
