@@ -129,3 +129,26 @@ def test_a_push_that_has_to_wait_for_its_version_waits_longer_than_a_parcel_may_
         peer.step(0)
         early.result(TIMEOUT)
         assert (peer.pull(0, version=1) == 3).all()
+
+
+def test_a_trainer_recovers_from_a_lost_server(job_name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in.patch_device(monkeypatch)
+    with (
+        LocalCluster(1, device="cuda:0") as cluster,
+        trainer.connect(cluster.addresses, job=job_name, links=["nccl"], timeout=60) as job,
+    ):
+        model = trainer.offload(torch.nn.Linear(600, 600, bias=False), job)
+        optimizer = trainer.RemoteOptimizer(model.parameters(), torch.optim.SGD, lr=1.0)
+        before = gathered_values(model)["weight"]
+        job.commit()
+        lost = False
+        while job.step < 2:
+            with job.recovering(timeout=60):
+                model(torch.ones(1, 600)).sum().backward()
+                if job.step == 1 and not lost:
+                    lost = True
+                    cluster.restart(0)
+                optimizer.step()
+                optimizer.zero_grad()
+        assert lost and job.links[0].kind == "nccl"
+        assert torch.equal(gathered_values(model)["weight"], before - 1 - 1)
