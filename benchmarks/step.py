@@ -22,6 +22,7 @@ from benchmarks.peers import deepspeed_environment, not_compiled, python_with
 from benchmarks.sides.process import Block, Ranks, SideError
 from benchmarks.workload import Workload
 from ps import LocalCluster
+from trainer import OffloadConfig
 
 THREADS = 2
 WARM_UP = 2
@@ -63,6 +64,9 @@ BARS: Mapping[tuple[str, int, str], tuple[tuple[str, float], ...]] = {
     ("movement", 2, "memory"): (("deepspeed-cpu", 0.85),),
 }
 
+BUDGET_BAR = 1.1
+"""How much of its budget a trainer may take."""
+
 LOSS_TOLERANCE = 0.05
 """By how much the losses of two sides may differ in the mean of all steps, as a share, where they do not round to bf16
 at the same places. With one trainer zero-ps does: its losses are plain torch's bit for bit."""
@@ -95,12 +99,15 @@ class Figures:
     processor: list[float] = field(default_factory=list)
     moved: dict[str, float] = field(default_factory=dict)
     peaks: dict[str, int] = field(default_factory=dict)
+    activation_bytes: int = 0
+    beyond_start_bytes: int = 0
 
     def add(self, block: Block) -> None:
         self.seconds += block.seconds[WARM_UP:]
         self.losses += block.losses
         steps = len(block.seconds)
         self.processor.append(block.processor_seconds / steps)
+        self.activation_bytes = max(self.activation_bytes, block.activation_bytes)
         self.moved = {key: value / steps for key, value in block.moved.items()}
 
 
@@ -145,6 +152,7 @@ def _case(plan: Plan, case: str, trainers: int, say: Callable[[str], None]) -> l
                     continue
                 if number == plan.blocks - 1:
                     figures[name].peaks = side.peak_bytes()
+                    figures[name].beyond_start_bytes = side.beyond_start_bytes()
                 seconds = statistics.median(figures[name].seconds)
                 say(f"{case}, {trainers} trainers, block {number + 1}/{plan.blocks}: {name} {seconds:.3f} s a step")
     for name, found in figures.items():
@@ -211,7 +219,7 @@ def _rows(case: str, trainers: int, figures: Mapping[str, Figures], bars: bool) 
     median = {name: statistics.median(found.seconds) for name, found in figures.items()}
     for name, found in figures.items():
         side = f"zero-ps, {name}" if name in VARIANTS else name
-        at: dict[str, str | int | float] = {"case": case, "trainers": trainers, "side": side}
+        at: report.Case = {"case": case, "trainers": trainers, "side": side}
         spread = (max(found.seconds) - min(found.seconds)) / median[name]
         bar = dict(BARS.get((case, trainers, name), ())) if bars else {}
         for other in (PLAIN, *(peer for peer in bar if peer != PLAIN)):
@@ -227,6 +235,8 @@ def _rows(case: str, trainers: int, figures: Mapping[str, Figures], bars: bool) 
             report.Row("peak memory", peak / (1 << 20), "MiB", case={**at, "process": process})
             for process, peak in found.peaks.items()
         ]
+        if name in VARIANTS and PLAIN in figures:
+            rows.append(_memory_row(name, found, figures[PLAIN], at, bars))
         rows += [report.Row(way, size / 1e6, "MB a step", case=at) for way, size in found.moved.items()]
         if PLAIN in figures:
             expected = figures[PLAIN].losses
@@ -245,6 +255,17 @@ def _rows(case: str, trainers: int, figures: Mapping[str, Figures], bars: bool) 
                 )
             )
     return rows
+
+
+def _memory_row(name: str, found: Figures, plain: Figures, at: report.Case, bars: bool) -> report.Row:
+    """What a trainer's peak has beside the activations that plain torch has, too."""
+    beyond = found.beyond_start_bytes - plain.activation_bytes
+    what, limit = "trainer's peak beyond plain torch's activations", VARIANTS[name].max_live_bytes
+    if limit is None:
+        return report.Row(what, beyond / (1 << 20), "MiB", case=at)
+    ratio = beyond / (limit + OffloadConfig().max_inflight_push_bytes)
+    against, bar = "max_live_bytes and max_inflight_push_bytes", BUDGET_BAR if bars else None
+    return report.Row(what, beyond / (1 << 20), "MiB", against, ratio, at_most=bar, case=at)
 
 
 def main() -> int:

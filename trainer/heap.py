@@ -48,7 +48,7 @@ class Heap:
         if self._left_bytes < _LOOK_BYTES:
             return
         self._left_bytes = 0
-        used = _used_bytes()
+        used = used_bytes()
         if used is None:
             # There is no telling how much is free.
             trim_heap()
@@ -63,7 +63,7 @@ class Heap:
         self._beside_bytes = _resident_bytes() - pooled_bytes - used
 
 
-def _used_bytes() -> int | None:
+def used_bytes() -> int | None:
     """Of malloc's blocks; None where it does not tell (before glibc 2.33)."""
     try:
         tell = ctypes.CDLL(None).mallinfo2

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
-from benchmarks.processes import peak_bytes, processor_seconds
+from benchmarks.processes import lent_bytes, peak_bytes, processor_seconds
 from benchmarks.workload import Workload
 
 _START_SECONDS = 300.0
@@ -28,6 +28,7 @@ class Block:
 
     processor_seconds: of all processes, servers included, for the whole block. moved: bytes, all trainers together.
     spent: seconds of each trainer by where they went, as `Side.spent` names it, for the whole block.
+    activation_bytes: the most that a forward has left for its backward since the start; 0 where the side does not look.
     """
 
     seconds: Sequence[float]
@@ -35,6 +36,7 @@ class Block:
     processor_seconds: float
     moved: Mapping[str, int]
     spent: Sequence[Mapping[str, float]] = ()
+    activation_bytes: int = 0
 
 
 class Ranks:
@@ -57,6 +59,7 @@ class Ranks:
         self._others = others
         self._logs = tempfile.TemporaryDirectory(prefix="zero-ps-side-")
         self._processes: list[subprocess.Popen[bytes]] = []
+        self._before_model: list[int] = []
         self._moved: dict[str, int] = {}
         self._spent: list[dict[str, float]] = [{} for _ in range(work.world_size)]
         port = _free_port()
@@ -86,8 +89,9 @@ class Ranks:
 
     def wait_ready(self) -> None:
         """Raises SideError."""
-        for rank in range(len(self._processes)):
-            self._answer(rank, _START_SECONDS)
+        self._before_model = [
+            self._answer(rank, _START_SECONDS)["before_model"] for rank in range(len(self._processes))
+        ]
 
     def block(self, steps: int) -> Block:
         """Has all trainers make steps. Raises SideError."""
@@ -107,6 +111,7 @@ class Ranks:
                 {key: seconds - before.get(key, 0.0) for key, seconds in answer["spent"].items()}
                 for answer, before in zip(answers, self._spent, strict=True)
             ],
+            max(answer["activation_bytes"] for answer in answers),
         )
         self._moved, self._spent = moved, [answer["spent"] for answer in answers]
         return block
@@ -114,6 +119,13 @@ class Ranks:
     def peak_bytes(self) -> dict[str, int]:
         """The most resident memory of each process since its start."""
         return {name: peak_bytes(pid) for name, pid in self.pids().items()}
+
+    def beyond_start_bytes(self) -> int:
+        """The most resident memory of a trainer beyond what it had before its model, without what servers lend."""
+        return max(
+            peak_bytes(process.pid) - lent_bytes(process.pid) - before
+            for process, before in zip(self._processes, self._before_model, strict=True)
+        )
 
     def pids(self) -> dict[str, int]:
         trainers = {f"trainer {rank}": process.pid for rank, process in enumerate(self._processes)}

@@ -5,15 +5,20 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Protocol
 
 import torch
 
+from benchmarks.processes import peak_bytes
 from benchmarks.workload import Batches, Workload
 
 
 class Side(Protocol):
-    """Trains the work's model."""
+    """Trains the work's model.
+
+    activation_bytes: the most that a forward has left for its backward, where the side has this attribute.
+    """
 
     def step(self, index: int) -> float:
         """One step on the batch of this index, whole; the loss of this process."""
@@ -31,9 +36,12 @@ def serve(make: Callable[[Workload, Batches], Side]) -> None:
     os.dup2(2, 1)
     work = Workload.decode(sys.argv[1])
     torch.set_num_threads(work.threads)
-    side = make(work, Batches(work))
+    batches = Batches(work)
+    _warm_up(work, batches)
+    before = peak_bytes(os.getpid())
+    side = make(work, batches)
     made = 0
-    print(json.dumps({"ready": True}), file=answers)
+    print(json.dumps({"ready": True, "before_model": before}), file=answers)
     for line in sys.stdin:
         seconds, losses = [], []
         for _ in range(json.loads(line)["steps"]):
@@ -42,6 +50,20 @@ def serve(make: Callable[[Workload, Batches], Side]) -> None:
             seconds.append(time.perf_counter() - began)
             made += 1
         print(
-            json.dumps({"seconds": seconds, "losses": losses, "moved": side.moved(), "spent": side.spent()}),
+            json.dumps(
+                {
+                    "seconds": seconds,
+                    "losses": losses,
+                    "moved": side.moved(),
+                    "spent": side.spent(),
+                    "activation_bytes": getattr(side, "activation_bytes", 0),
+                }
+            ),
             file=answers,
         )
+
+
+def _warm_up(work: Workload, batches: Batches) -> None:
+    """Has torch load and compile what it needs for any model of these sizes, which is no side's doing."""
+    model = replace(work, layers=1).model().to(torch.bfloat16)
+    torch.autograd.backward(model(*batches.at(0)))

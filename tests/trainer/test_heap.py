@@ -13,7 +13,7 @@ class Process:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.used, self.free, self.beside, self.trimmed = 100 * MIB, 0, 300 * MIB, 0
         monkeypatch.setattr(heap, "trim_heap", self.trim)
-        monkeypatch.setattr(heap, "_used_bytes", lambda: self.used)
+        monkeypatch.setattr(heap, "used_bytes", lambda: self.used)
         monkeypatch.setattr(heap, "_resident_bytes", lambda: self.used + self.free + self.beside)
 
     def trim(self) -> None:
@@ -64,7 +64,7 @@ def test_it_is_looked_at_now_and_then(process: Process) -> None:
 
 
 def test_where_malloc_does_not_tell_it_gives_all_back(process: Process, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(heap, "_used_bytes", lambda: None)
+    monkeypatch.setattr(heap, "used_bytes", lambda: None)
     looked = heap.Heap()
     for _ in range(3):
         looked.gradient_left(64 * MIB, 0)
@@ -72,11 +72,11 @@ def test_where_malloc_does_not_tell_it_gives_all_back(process: Process, monkeypa
 
 
 def test_what_malloc_and_the_system_say_is_about_this_process() -> None:
-    before = heap._used_bytes()
+    before = heap.used_bytes()
     if before is None:
         pytest.skip("this malloc does not tell")
     block = bytearray(256 * MIB)
-    used = heap._used_bytes()
+    used = heap.used_bytes()
     assert used is not None and used - before >= 256 * MIB
     assert heap._resident_bytes() > 256 * MIB
     del block
