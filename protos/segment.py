@@ -8,6 +8,7 @@ It is sealed, so that nobody can shrink it under the feet of those who read it.
 import ctypes
 import errno
 import fcntl
+import math
 import mmap
 import os
 import threading
@@ -96,6 +97,7 @@ class Arena:
     Takes address space for several times what the machine has, and memory only for what is in use.
 
     fd: to hand to another process, which may map it but not write to it; closed by `stop_handing_over`.
+    limit_bytes: what is free gives its memory back where that and what is in use are more together.
     """
 
     def __init__(self, size: int | None = None) -> None:
@@ -121,6 +123,7 @@ class Arena:
         self._warm: OrderedDict[int, int] = OrderedDict()
         self._cold: defaultdict[int, list[int]] = defaultdict(list)
         self._warm_bytes = 0
+        self.limit_bytes = math.inf
         self.used_bytes = 0
         # What was freed, by whichever thread let go of it last, and is still to be noted.
         self._freed: deque[tuple[int, int]] = deque()
@@ -184,7 +187,7 @@ class Arena:
             self.used_bytes -= size
             self._warm[offset] = size
             self._warm_bytes += size
-        while self._warm_bytes > _KEEP_BYTES:
+        while self._warm_bytes > min(_KEEP_BYTES, max(0, self.limit_bytes - self.used_bytes)):
             offset, size = self._warm.popitem(last=False)
             self._warm_bytes -= size
             self._mapping.advise(mmap.MADV_REMOVE, offset, size)

@@ -6,6 +6,7 @@ are on the servers; reading the placeholder is an error that says so.
 """
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -101,7 +102,9 @@ class Gradients:
         self._group = group
         self._announcement = announcement
         self._sent: dict[OffloadedParameter, None] = {}
-        self._heap = Heap()
+        limited = config.max_live_bytes is not None
+        self._heap = Heap(tight=limited)
+        self._outbox_bytes = config.max_inflight_push_bytes if limited else math.inf
 
     def watch(self, state: OffloadedParameter) -> None:
         """Has the parameter's gradient sent as soon as it is whole; for what is trained."""
@@ -211,7 +214,11 @@ class Gradients:
         nbytes = count * dtype.itemsize
         # A copy, in memory that is used again and that servers read over a link that can: autograd's own block goes
         # back to the allocator at once.
-        memory = (self._job.outbox if group is None else None) or self._memory
+        outbox = self._job.outbox if group is None else None
+        if outbox is not None:
+            # It is another one after the job was joined anew.
+            outbox.arena.limit_bytes = self._outbox_bytes
+        memory = outbox or self._memory
         block = memory.take(nbytes)
         leaving = torch.empty(0, dtype=dtype).set_(block)
         leaving[: gradient.numel()].view(gradient.shape).copy_(gradient)

@@ -34,9 +34,13 @@ def trim_heap() -> None:
 
 
 class Heap:
-    """Gives freed memory back where half as much again is resident as was ever in use, and 16 MiB."""
+    """Gives freed memory back where half as much again is resident as was ever in use, and 16 MiB.
 
-    def __init__(self) -> None:
+    tight: where more is than was ever in use and 16 MiB, as memory is limited.
+    """
+
+    def __init__(self, *, tight: bool = False) -> None:
+        self._share = 0.0 if tight else _SLACK_SHARE
         self._left_bytes = 0
         # The most that malloc's blocks had, and what is resident beside them.
         self._most_bytes = 0
@@ -56,7 +60,7 @@ class Heap:
         self._most_bytes = max(self._most_bytes, used)
         if self._beside_bytes is not None:
             heap = _resident_bytes() - pooled_bytes - self._beside_bytes
-            if heap <= self._most_bytes * (1 + _SLACK_SHARE) + _SLACK_BYTES:
+            if heap <= self._most_bytes * (1 + self._share) + _SLACK_BYTES:
                 return
         trim_heap()
         # Nothing that is free is resident now.

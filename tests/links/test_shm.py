@@ -161,3 +161,17 @@ def test_a_full_arena_sends_in_messages(address: str, job_name: str) -> None:
 
 def _full() -> torch.Tensor:
     raise MemoryError("full")
+
+
+@pytest.mark.parametrize("limit_mib", [4, 16])
+def test_free_memory_is_kept_up_to_the_limit_of_an_arena(limit_mib: int) -> None:
+    arena = Arena()
+    arena.limit_bytes = limit_mib << 20
+    held = [arena.take(1 << 20) for _ in range(24)]
+    assert _resident_bytes(arena) == 24 << 20
+    del held[2:]
+    assert _resident_bytes(arena) == limit_mib << 20
+
+
+def _resident_bytes(arena: Arena) -> int:
+    return os.fstat(arena.fd).st_blocks * 512

@@ -47,6 +47,15 @@ def test_holes_that_nothing_fills_are_given_back(process: Process) -> None:
         assert process.free <= 16 * MIB + 50 * MIB
 
 
+def test_holes_go_sooner_where_memory_is_limited(process: Process) -> None:
+    looked = heap.Heap(tight=True)
+    looked.gradient_left(64 * MIB, 0)
+    for _ in range(20):
+        process.free += 8 * MIB
+        looked.gradient_left(64 * MIB, 0)
+        assert process.free <= 16 * MIB
+
+
 def test_other_memory_than_the_heap_does_not_count(process: Process) -> None:
     looked = heap.Heap()
     looked.gradient_left(64 * MIB, 0)
