@@ -76,6 +76,11 @@ def memory(rows: Rows) -> str:
     )
 
 
+def budget(rows: Rows) -> str:
+    """What trainers take beside the activations that plain torch has, too."""
+    return _plain([row for row in rows if row.name.startswith("trainer's peak beyond")], [])
+
+
 def links(rows: Rows) -> str:
     return _plain([row for row in rows if row.ratio is not None and "link" in row.case], ["link"])
 
@@ -123,6 +128,7 @@ def bars(rows: Rows) -> str:
 TABLES: Mapping[str, tuple[str, Callable[[Rows], str]]] = {
     "step": ("step", step),
     "memory": ("step", memory),
+    "budget": ("step", budget),
     "losses": ("step", losses),
     "links": ("links", links),
     "scale": ("scale", scale),
