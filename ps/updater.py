@@ -219,8 +219,9 @@ def _most_bytes(shard: Shard) -> int:
 
 
 def _early_bytes(shard: Shard) -> int:
-    """Of the chunks that are ready before a step is complete, when they are updated."""
-    return min(_most_bytes(shard), int(shard.num_bytes * _EARLY_SHARE))
+    """Of the chunks that are ready before a step is complete, when they are updated. Where memory is limited at once,
+    as gradients that wait would go to the disk and come back."""
+    return 0 if shard.tier.limited else min(_BATCH_BYTES, int(shard.num_bytes * _EARLY_SHARE))
 
 
 def _batches(shard: Shard, chunks: Iterable[Chunk], first_bytes: int) -> Iterator[list[Chunk]]:
