@@ -9,6 +9,7 @@ or with bare ncclSend and ncclRecv (`nccl`). *Push* sends a gradient from there 
 against plain torch on the same GPU. Sides take turns; medians. Without a GPU it says so and measures nothing.
 """
 
+import functools
 import os
 import statistics
 import sys
@@ -66,8 +67,10 @@ def run(quick: bool) -> list[report.Row]:
 @contextmanager
 def _host(name: str) -> Iterator[None]:
     """NCCL takes processes that it begins in for those of another host."""
-    before = {key: os.environ.get(key) for key in ("NCCL_HOSTID", "NCCL_SOCKET_IFNAME")}
-    os.environ.update(NCCL_HOSTID=name, NCCL_SOCKET_IFNAME="lo")
+    # A network of the machine's may not lead back to it.
+    wanted = {"NCCL_HOSTID": name, "NCCL_SOCKET_IFNAME": "lo", "NCCL_NET": "Socket"}
+    before = {key: os.environ.get(key) for key in wanted}
+    os.environ.update(wanted)
     try:
         yield
     finally:
@@ -172,13 +175,15 @@ class _Parameters:
             transfer.reserve(_NBYTES, 32 << 20)
             assert state.remote is not None
             after: tuple[torch.cuda.Event, ...] = ()
+            sent: Callable[[], None] | None = None
             if self._job.device is not None:
                 leaving = self._gradient.clone()
                 after = (point(leaving.device),)
             else:
                 block = self._pool.take(_NBYTES)
+                sent = functools.partial(self._pool.give, block)
                 leaving = torch.empty(0).set_(block).view(_SIDE, _SIDE).copy_(self._gradient)
-            transfer.push(state.remote, leaving, PushKind.GRADIENT, step=self._job.step, after=after)
+            transfer.push(state.remote, leaving, PushKind.GRADIENT, step=self._job.step, after=after, on_sent=sent)
         transfer.flush()
 
     def zero(self) -> None:

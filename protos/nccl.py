@@ -18,8 +18,11 @@ ID_BYTES = 128
 _SUCCESS, _INVALID_USAGE, _IN_PROGRESS = 0, 5, 7
 _UINT8 = 1
 
-_OLDEST = 21800
-"""Before it a communicator that is not ready cannot be aborted."""
+_OLDEST = 22700
+"""torch 2.9 has it. Before it, what a thread has begun with a communicator could not be aborted by another."""
+
+_CONFIG_VERSION = 21800
+"""Of `Config`. With this one newer libraries do not look at what came later."""
 
 _MAGIC = 0xCAFEBEEF
 _UNDEFINED = -(1 << 31)
@@ -50,7 +53,7 @@ class Config(ctypes.Structure):
 
     @classmethod
     def not_blocking(cls) -> "Config":
-        return cls(ctypes.sizeof(cls), _MAGIC, _OLDEST, 0, _UNDEFINED, _UNDEFINED, _UNDEFINED, None, _UNDEFINED)
+        return cls(ctypes.sizeof(cls), _MAGIC, _CONFIG_VERSION, 0, _UNDEFINED, _UNDEFINED, _UNDEFINED, None, _UNDEFINED)
 
 
 _SIGNATURES = {
@@ -61,6 +64,8 @@ _SIGNATURES = {
     "ncclSend": [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, _Handle, ctypes.c_void_p],
     "ncclRecv": [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, _Handle, ctypes.c_void_p],
     "ncclCommAbort": [_Handle],
+    "ncclGroupStart": [],
+    "ncclGroupEnd": [],
 }
 
 
@@ -151,7 +156,7 @@ class Communicator:
                 )
             self._settle(seconds)
         except BaseException:
-            self.abort()
+            Communicator.abort(self)
             raise
 
     def send(self, address: int, nbytes: int, stream: int, seconds: float) -> None:
@@ -181,13 +186,30 @@ class Communicator:
             self._nccl.call("ncclCommGetAsyncError", self._open(), ctypes.byref(state))
         return self._nccl.check(state.value, "NCCL") == _SUCCESS
 
-    def abort(self) -> None:
-        """Has streams stop what they do for it. Safe to call twice."""
+    @staticmethod
+    def abort(*communicators: "Communicator") -> None:
+        """Has streams stop what they do for communicators of one device, and frees these. Safe to call twice.
+
+        That waits until the device has done all that it was asked for, whoever asked. So all that depend on each
+        other have to be told to stop before the first one is freed, as a group of calls does.
+        """
+        told = [(each, handle) for each in communicators if (handle := each._take())]
+        if not told:
+            return
+        library, device = told[0][0]._nccl, told[0][0]._device
+        with torch.cuda.device(device):
+            library.call("ncclGroupStart")
+            try:
+                for _, handle in told:
+                    library.call("ncclCommAbort", handle)
+            finally:
+                library.call("ncclGroupEnd")
+
+    def _take(self) -> ctypes.c_void_p | None:
+        """The handle, which nobody uses any more; None if there is none."""
         with self._lock:
             handle, self._handle = self._handle, None
-            if handle:
-                with torch.cuda.device(self._device):
-                    self._nccl.call("ncclCommAbort", handle)
+        return handle or None
 
     def _open(self) -> ctypes.c_void_p:
         if self._handle is None:

@@ -8,8 +8,9 @@ occupies a little of the device.
 import logging
 import threading
 import time
+import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -17,6 +18,13 @@ from protos import nccl, pair
 from protos.cuda_stream import CudaStream, Mark, Stage
 from protos.nccl import ID_BYTES, Communicator
 from protos.pair import DEPTH, MOVE_SECONDS, PARCEL_BYTES, SERVER, Exchange, Pair, Work
+
+_FORM_SECONDS = 30.0
+"""How long the two ends may take to make their communicators: NCCL looks at the machine and loads its kernels first."""
+
+_FREE_SECONDS = 1.0
+"""How long an end that is given up waits for its communicators to be freed, which takes milliseconds where the device
+does nothing else."""
 
 _POLL_SECONDS = 0.00005
 _LONGEST_POLL_SECONDS = 0.0005
@@ -34,7 +42,7 @@ class _Lane:
         self.communicator = communicator
         self.stream = stream
         self.device = device
-        self.patience = pair.FORM_SECONDS
+        self.patience = _FORM_SECONDS
         self.stages = [stream.stage(PARCEL_BYTES) for _ in range(DEPTH)]
 
     def until(self, ready: Callable[[], object], seconds: float) -> None:
@@ -49,18 +57,20 @@ class _Lane:
             pause = min(2 * pause, _LONGEST_POLL_SECONDS)
         self.communicator.settled()
 
-    def end(self) -> None:
-        """Returns when the stream touches no memory any more; its communicator has been aborted."""
+    def wait_end(self, mark: Mark) -> None:
+        """Returns when the stream touches no memory any more; its communicator is being aborted. mark: its end."""
         end = time.monotonic() + pair.MOVE_SECONDS
         try:
-            mark = self.stream.mark()
             while not mark.reached():
                 if time.monotonic() > end:
                     raise RuntimeError(f"it is still busy after {pair.MOVE_SECONDS:g} s")
                 time.sleep(_LONGEST_POLL_SECONDS)
         except RuntimeError as error:
-            _lost.append(self)
-            _log.error("the stream of a link that has ended did not come to an end: %s", error)
+            self.lose(error)
+
+    def lose(self, error: RuntimeError) -> None:
+        _lost.append(self)
+        _log.error("the stream of a link that has ended did not come to an end: %s", error)
 
 
 class _Sent:
@@ -151,7 +161,13 @@ class NcclPair(Pair):
         self._lanes: list[_Lane] = []
         self._communicators: list[Communicator] = []
         ids = _exchanged(rank, exchange)
-        end = time.monotonic() + pair.FORM_SECONDS
+        self._left, self._freed = threading.Event(), threading.Event()
+        # Freeing may have to wait for the rest of the device, as for another pair's streams. The thread is there from
+        # the beginning: none can be started when the interpreter ends.
+        freeing = (self._communicators, self._left, self._freed)
+        threading.Thread(target=_free, args=freeing, name="nccl", daemon=True).start()
+        weakref.finalize(self, self._left.set).atexit = False
+        end = time.monotonic() + _FORM_SECONDS
         try:
             for number, unique_id in enumerate(ids):
                 # In the first one the server sends, in the second one the trainer; who sends has rank 0.
@@ -176,17 +192,30 @@ class NcclPair(Pair):
         return self._incoming.receive(target)
 
     def abort(self) -> None:
-        for communicator in self._communicators:
-            try:
-                communicator.abort()
-            except RuntimeError as error:
-                _log.error("a communicator could not be ended: %s", error)
+        # While nothing is freed yet: that may keep the device from all else.
+        ends: list[tuple[_Lane, Mark]] = []
         for lane in self._lanes:
-            lane.end()
+            try:
+                ends.append((lane, lane.stream.mark()))
+            except RuntimeError as error:
+                lane.lose(error)
+        self._left.set()
+        for lane, mark in ends:
+            lane.wait_end(mark)
+        self._freed.wait(_FREE_SECONDS)
 
     def leave(self) -> None:
-        # It may have to wait for the device.
-        threading.Thread(target=self.abort, name="nccl", daemon=True).start()
+        self._left.set()
+
+
+def _free(communicators: Sequence[Communicator], left: threading.Event, freed: threading.Event) -> None:
+    left.wait()
+    try:
+        Communicator.abort(*communicators)
+    except RuntimeError as error:
+        _log.error("communicators could not be ended: %s", error)
+    finally:
+        freed.set()
 
 
 def _exchanged(rank: int, exchange: Exchange) -> tuple[bytes, bytes]:

@@ -1,5 +1,6 @@
 """Servers and trainers that share the first GPU."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -8,6 +9,9 @@ import pytest
 import torch
 
 from ps import LocalCluster
+
+# Without it torch refuses matrix products of cuBLAS where they have to be deterministic, and it looks only once.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device here")
 
@@ -18,6 +22,8 @@ def host(name: str) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setenv("NCCL_HOSTID", name)
         monkeypatch.setenv("NCCL_SOCKET_IFNAME", "lo")
+        # A network of the machine's may not lead back to it.
+        monkeypatch.setenv("NCCL_NET", "Socket")
         yield
 
 
@@ -28,11 +34,8 @@ def start_servers(servers: int, **options: Any) -> LocalCluster:
 
 @contextmanager
 def deterministic() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        # Without it torch refuses matrix products of cuBLAS.
-        monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-        try:
-            yield
-        finally:
-            torch.use_deterministic_algorithms(False)
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)

@@ -46,20 +46,18 @@ class PairLink(Link):
                 small.append(block)
                 continue
             for start in range(0, block.num_bytes, pair.PARCEL_BYTES):
-                parcel = self._send(block.read(start, min(start + pair.PARCEL_BYTES, block.num_bytes)))
+                data = block.read(start, min(start + pair.PARCEL_BYTES, block.num_bytes))
+                while len(self._leaving) >= DEPTH:
+                    self._wait(self._leaving.popleft())
+                self._tag = pair.next_tag(self._tag)
+                parcel = pb.Parcel(tag=self._tag, size=len(data))
+                # The trainer hears of it first: a device that sends already may keep this process from saying so.
                 yield pb.PullResponse(request_id=request_id, parcels=[parcel]), parcel.size
+                with self._breaks():
+                    self._leaving.append(self._open_pair().send(torch.frombuffer(data, dtype=torch.uint8), self._tag))
                 sent = True
         if small or not sent:
             yield from messages(request_id, small)
-
-    def _send(self, data: bytes) -> pb.Parcel:
-        while len(self._leaving) >= DEPTH:
-            self._wait(self._leaving.popleft())
-        tag = pair.next_tag(self._tag)
-        with self._breaks():
-            self._leaving.append(self._open_pair().send(torch.frombuffer(data, dtype=torch.uint8), tag))
-        self._tag = tag
-        return pb.Parcel(tag=tag, size=len(data))
 
     def received(self, header: pb.PushHeader, claim: Claim) -> Generator[memoryview | int, None, None]:
         _check_sizes(header)

@@ -125,11 +125,13 @@ class Communicator:
             raise RuntimeError(self._error)
         return True
 
-    def abort(self) -> None:
-        self._error = self._error or "this end has left the pair"
-        with contextlib.suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)
-        self._socket.close()
+    @staticmethod
+    def abort(*communicators: "Communicator") -> None:
+        for each in communicators:
+            each._error = each._error or "this end has left the pair"
+            with contextlib.suppress(OSError):
+                each._socket.shutdown(socket.SHUT_RDWR)
+            each._socket.close()
 
 
 def unique_id() -> bytes:
@@ -138,7 +140,7 @@ def unique_id() -> bytes:
 
 def patch(monkeypatch: pytest.MonkeyPatch) -> None:
     """In this process, and in servers that it starts from here on."""
-    monkeypatch.setattr(nccl, "library", lambda: SimpleNamespace(version=21800, unique_id=unique_id))
+    monkeypatch.setattr(nccl, "library", lambda: SimpleNamespace(version=22700, unique_id=unique_id))
     monkeypatch.setattr(nccl, "why_not", lambda: "")
     monkeypatch.setattr(nccl_pair, "Communicator", Communicator)
     monkeypatch.setattr(nccl_pair, "CudaStream", Stream)

@@ -125,7 +125,7 @@ def _no_communicator(*arguments: object) -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"version": 22703}, "the server has NCCL 21800 and this trainer 22703"),
+        ({"version": 22703}, "the server has NCCL 22700 and this trainer 22703"),
         ({"unique_id": lambda: b"short"}, "takes two ids of 128 bytes"),
         ({}, "unhandled system error"),
     ],
@@ -134,7 +134,7 @@ def test_a_pair_that_cannot_be_made_leaves_gloo(
     with_device: LocalCluster, job_name: str, monkeypatch: pytest.MonkeyPatch, wrong: dict[str, Any], message: str
 ) -> None:
     stand_in.patch(monkeypatch)
-    library = {"version": 21800, "unique_id": stand_in.unique_id, **wrong}
+    library = {"version": 22700, "unique_id": stand_in.unique_id, **wrong}
     monkeypatch.setattr(nccl, "library", lambda: SimpleNamespace(**library))
     if not wrong:
         monkeypatch.setattr(nccl_pair, "Communicator", _no_communicator)
