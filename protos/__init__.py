@@ -14,8 +14,8 @@ os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 PROTOCOL_VERSION = 2
 """Raised with every incompatible change of `zero_ps.proto`; peers of another version are refused."""
 
-MESSAGE_BYTES = 2 << 20
-"""Payload of one stream message: what costs least for each byte. docs/links.md has figures for other sizes."""
+MESSAGE_BYTES = 1 << 20
+"""Payload of one stream message. Smaller ones cost much more for each byte; docs/links.md has figures for others."""
 
 MAX_MESSAGE_BYTES = 64 << 20
 """The largest message that either side accepts; the manifest of a large model is the largest one."""

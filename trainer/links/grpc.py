@@ -1,4 +1,4 @@
-"""The link that always works: bytes in messages of about 2 MiB, over the connection that carries control."""
+"""The link that always works: bytes in messages of about 1 MiB, over the connection that carries control."""
 
 from trainer.links.base import Candidate
 from trainer.links.streams import StreamLink
