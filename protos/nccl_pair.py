@@ -211,7 +211,8 @@ class NcclPair(Pair):
 def _free(communicators: Sequence[Communicator], left: threading.Event, freed: threading.Event) -> None:
     left.wait()
     try:
-        Communicator.abort(*communicators)
+        if communicators:
+            Communicator.abort(*communicators)
     except RuntimeError as error:
         _log.error("communicators could not be ended: %s", error)
     finally:

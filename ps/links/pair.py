@@ -46,18 +46,29 @@ class PairLink(Link):
                 small.append(block)
                 continue
             for start in range(0, block.num_bytes, pair.PARCEL_BYTES):
-                data = block.read(start, min(start + pair.PARCEL_BYTES, block.num_bytes))
-                while len(self._leaving) >= DEPTH:
-                    self._wait(self._leaving.popleft())
-                self._tag = pair.next_tag(self._tag)
-                parcel = pb.Parcel(tag=self._tag, size=len(data))
-                # The trainer hears of it first: a device that sends already may keep this process from saying so.
-                yield pb.PullResponse(request_id=request_id, parcels=[parcel]), parcel.size
-                with self._breaks():
-                    self._leaving.append(self._open_pair().send(torch.frombuffer(data, dtype=torch.uint8), self._tag))
+                yield from self._send(request_id, block.read(start, min(start + pair.PARCEL_BYTES, block.num_bytes)))
                 sent = True
         if small or not sent:
             yield from messages(request_id, small)
+
+    def _send(self, request_id: int, data: bytes) -> Iterator[tuple[pb.PullResponse, int]]:
+        """Sends a parcel, and says so."""
+        while len(self._leaving) >= DEPTH:
+            self._wait(self._leaving.popleft())
+        self._tag = pair.next_tag(self._tag)
+        leaves_by = self._open_pair()
+        announced = (
+            pb.PullResponse(request_id=request_id, parcels=[pb.Parcel(tag=self._tag, size=len(data))]),
+            len(data),
+        )
+        if leaves_by.device is not None:
+            # A device that sends already may keep this process from saying so.
+            yield announced
+        with self._breaks():
+            self._leaving.append(leaves_by.send(torch.frombuffer(data, dtype=torch.uint8), self._tag))
+        if leaves_by.device is None:
+            # What the trainer hears of is on its way then.
+            yield announced
 
     def received(self, header: pb.PushHeader, claim: Claim) -> Generator[memoryview | int, None, None]:
         _check_sizes(header)

@@ -31,6 +31,8 @@ class PairLink(StreamLink):
         self._leaving: dict[int, list[Work]] = {}
         # Parcels on their way, and behind those of a pull how it ends: None, or its error.
         self._coming: queue.SimpleQueue[tuple[PendingPull, Work | Exception | None] | None] = queue.SimpleQueue()
+        # Of the pull that is being answered.
+        self._works: list[Work] = []
         self._waiter = threading.Thread(target=self._wait, name=f"zero-ps {kind} {server.address}", daemon=True)
         self._waiter.start()
         super().__init__(server)
@@ -54,13 +56,24 @@ class PairLink(StreamLink):
                 work = self._pair.receive(target, parcel.tag)
             except RuntimeError as error:
                 raise self._gone(error) from error
-            self._coming.put((pull, work))
+            self._works.append(work)
+            if self.device is not None:
+                # Where the next one goes may be free only when somebody has waited for this one.
+                self._hand_over(pull)
 
     def complete(self, pull: PendingPull) -> None:
+        self._hand_over(pull)
         self._coming.put((pull, None))
 
     def refused(self, pull: PendingPull, error: Exception) -> None:
+        self._hand_over(pull)
         self._coming.put((pull, error))
+
+    def _hand_over(self, pull: PendingPull) -> None:
+        """To the thread that waits. All of a pull at once where that can be: each time it has to get Python's lock."""
+        works, self._works = self._works, []
+        for work in works:
+            self._coming.put((pull, work))
 
     def _wait(self) -> None:
         while (coming := self._coming.get()) is not None:
