@@ -235,7 +235,8 @@ def _rows(case: str, trainers: int, figures: Mapping[str, Figures], bars: bool) 
             report.Row("peak memory", peak / (1 << 20), "MiB", case={**at, "process": process})
             for process, peak in found.peaks.items()
         ]
-        if name in VARIANTS and PLAIN in figures:
+        # Plain torch has the activations of all trainers.
+        if name in VARIANTS and PLAIN in figures and trainers == 1:
             rows.append(_memory_row(name, found, figures[PLAIN], at, bars))
         rows += [report.Row(way, size / 1e6, "MB a step", case=at) for way, size in found.moved.items()]
         if PLAIN in figures:
