@@ -26,7 +26,7 @@ import trainer
 from benchmarks import report
 from benchmarks.bare_nccl import BareNccl, bare_nccl
 from benchmarks.bare_stream import BareStream, bare_stream
-from benchmarks.links import Side
+from benchmarks.links import Move, Side, in_turns
 from benchmarks.workload import Batches, Workload
 from protos import nccl
 from protos import zero_ps_pb2 as pb
@@ -99,23 +99,8 @@ def _moves(kind: str, bare: BareStream | BareNccl | None, count: int, rounds: in
                 Side(nbytes, [bare.pid], lambda: bare.pull(nbytes)),
                 Side(nbytes, [bare.pid], lambda: bare.push(nbytes)),
             ]
-        sides = (pull, push, *blocks)
-        for _ in range(1 + rounds):
-            for side in sides:
-                side.go()
-            parameters.zero()
-        for side in sides:
-            side.forget_first()
-    rows = []
-    for name, side, block, what in (("pull", pull, blocks[0], against[0]), ("push", push, blocks[1], against[1])):
-        case: report.Case = {"link": kind, "memory": "cuda"}
-        rows += [
-            report.Row(name, side.rate, "GB/s", what, side.rate / block.rate, case=case),
-            report.Row(f"{name}: {what}", block.rate, "GB/s", case=case),
-            report.Row(f"{name}: processor time of the trainer", side.cpu(False), "s/GB", case=case),
-            report.Row(f"{name}: processor time of the server", side.cpu(True), "s/GB", case=case),
-        ]
-    return rows
+        moves = (Move("pull", pull, blocks[0], against[0]), Move("push", push, blocks[1], against[1]))
+        return in_turns(moves, {"link": kind, "memory": "cuda"}, rounds, parameters.zero)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -86,6 +87,41 @@ class Side:
         return statistics.fmean(seconds[server] for seconds in self._cpu) / (self._nbytes / 1e9)
 
 
+@dataclass(frozen=True)
+class Move:
+    """One direction of a link, and the building block that it is compared with. bar: for the ratio of their rates."""
+
+    name: str
+    side: Side
+    block: Side
+    against: str
+    bar: float | None = None
+
+
+def in_turns(
+    moves: Sequence[Move], case: report.Case, rounds: int, after_round: Callable[[], None]
+) -> list[report.Row]:
+    """The rows of sides that take turns, and one round more, which does not count."""
+    sides = list(dict.fromkeys([*(move.side for move in moves), *(move.block for move in moves)]))
+    for _ in range(1 + rounds):
+        for side in sides:
+            side.go()
+        after_round()
+    for side in sides:
+        side.forget_first()
+    rows = []
+    for move in moves:
+        name, side, block = move.name, move.side, move.block
+        ratio = side.rate / block.rate
+        rows += [
+            report.Row(name, side.rate, "GB/s", move.against, ratio, at_least=move.bar, case=case),
+            report.Row(f"{name}: {move.against}", block.rate, "GB/s", case=case),
+            report.Row(f"{name}: processor time of the trainer", side.cpu(False), "s/GB", case=case),
+            report.Row(f"{name}: processor time of the server", side.cpu(True), "s/GB", case=case),
+        ]
+    return rows
+
+
 def _one_server(kind: str, bare: BareStream | BarePair | None, count: int, rounds: int) -> list[report.Row]:
     with LocalCluster(servers=1) as cluster, _Parameters(cluster, kind, count) as parameters:
         nbytes, pids = count * _NBYTES, [cluster.pid(0)]
@@ -100,23 +136,8 @@ def _one_server(kind: str, bare: BareStream | BarePair | None, count: int, round
                 Side(nbytes, [bare.pid], lambda: bare.pull(nbytes)),
                 Side(nbytes, [bare.pid], lambda: bare.push(nbytes)),
             ]
-        sides = list(dict.fromkeys((pull, push, *blocks)))
-        for _ in range(1 + rounds):
-            for side in sides:
-                side.go()
-            parameters.zero()
-        for side in sides:
-            side.forget_first()
-    rows = []
-    for name, side, block, bar in (("pull", pull, blocks[0], bars[0]), ("push", push, blocks[1], bars[1])):
-        case: dict[str, str | int | float] = {"link": kind}
-        rows += [
-            report.Row(name, side.rate, "GB/s", against, side.rate / block.rate, at_least=bar, case=case),
-            report.Row(f"{name}: {against}", block.rate, "GB/s", case=case),
-            report.Row(f"{name}: processor time of the trainer", side.cpu(False), "s/GB", case=case),
-            report.Row(f"{name}: processor time of the server", side.cpu(True), "s/GB", case=case),
-        ]
-    return rows
+        moves = (Move("pull", pull, blocks[0], against, bars[0]), Move("push", push, blocks[1], against, bars[1]))
+        return in_turns(moves, {"link": kind}, rounds, parameters.zero)
 
 
 def aggregate(kind: str, servers: int, count: int, rounds: int) -> report.Row:

@@ -6,6 +6,7 @@ the parameters that were live at once with that limit.
 """
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from torch import nn
 
 import trainer
 from benchmarks import report
+from benchmarks.processes import peak_bytes
 from ps import LocalCluster
 
 WIDTH = 2048
@@ -89,13 +91,13 @@ def _train(addresses: list[str], layers: int) -> dict[str, int]:
     with trainer.connect(addresses, job="memory") as job:
         # What torch allocates once, for any model, is not the model's.
         nn.Linear(WIDTH, 8)(torch.randn(4, WIDTH)).sum().backward()
-        before = _peak_resident_bytes()
+        before = peak_bytes(os.getpid())
         with job.init():
             model = Deep(layers)
         trainer.offload(model, job, trainer.OffloadConfig(max_live_bytes=limit))
         optimizer = trainer.RemoteOptimizer(model.parameters(), torch.optim.SGD, lr=0.1)
         # Until here nothing was read from the servers.
-        own = [_peak_resident_bytes()]
+        own = [peak_bytes(os.getpid())]
         live: list[int] = []
 
         def look(*_: object) -> None:
@@ -118,13 +120,6 @@ def _train(addresses: list[str], layers: int) -> dict[str, int]:
             "live": max(live),
             "reported": trainer.report(model).peak_live_bytes,
         }
-
-
-def _peak_resident_bytes() -> int:
-    """Of this process since its program began; `ru_maxrss` includes the parent's before that."""
-    found = re.search(r"^VmHWM:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
-    assert found is not None
-    return int(found[1]) * 1024
 
 
 def _own_bytes() -> int:

@@ -90,11 +90,8 @@ def _measured(shape: Shape, servers: int, trainers: int, on_disk: bool) -> Measu
     )
 
 
-Case = dict[str, str | int | float]
-
-
 def _series(
-    name: str, runs: Sequence[tuple[Case, tuple[Shape, int, int, bool]]], by_parameters: bool = False
+    name: str, runs: Sequence[tuple[report.Case, tuple[Shape, int, int, bool]]], by_parameters: bool = False
 ) -> list[report.Row]:
     """runs: what `_measured` is given. One that fails is left out, and said to be."""
     rows: list[report.Row] = []

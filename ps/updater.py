@@ -213,11 +213,6 @@ def _averaged(shard: Shard, optimizer: ChunkOptimizer, chunks: Iterable[Chunk]) 
     return [c for c in chunks if c.parameter in optimizer.group_of and shard.manifest[c.parameter].has_state]
 
 
-def _most_bytes(shard: Shard) -> int:
-    """Of a batch."""
-    return min(_BATCH_BYTES, shard.tier.lease_limit_bytes // 16) if shard.tier.limited else _BATCH_BYTES
-
-
 def _early_bytes(shard: Shard) -> int:
     """Of the chunks that are ready before a step is complete, when they are updated. Where memory is limited at once,
     as gradients that wait would go to the disk and come back."""
@@ -228,7 +223,7 @@ def _batches(shard: Shard, chunks: Iterable[Chunk], first_bytes: int) -> Iterato
     """Runs of chunks in the order given, the first one of about `first_bytes` and the next ones longer."""
     batch: list[Chunk] = []
     size = 0
-    most = _most_bytes(shard)
+    most = min(_BATCH_BYTES, shard.tier.lease_limit_bytes // 16) if shard.tier.limited else _BATCH_BYTES
     limit = min(most, first_bytes)
     for chunk in chunks:
         if batch and size + chunk.num_bytes() > limit:

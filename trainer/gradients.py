@@ -186,18 +186,8 @@ class Gradients:
         final: bool,
     ) -> None:
         """Pushes a gradient from a copy on its device, which lives as long as it is on its way."""
-        assert state.remote is not None
         leaving = torch.empty(gradient.shape, dtype=dtype, device=gradient.device).copy_(gradient)
-        self._job.transfer.push(
-            state.remote,
-            leaving,
-            PushKind.GRADIENT,
-            step=self._job.step,
-            sequence=state.contributions,
-            final=final,
-            parts=parts,
-            after=(point(gradient.device),),
-        )
+        self._push(state, leaving, parts, final, after=(point(gradient.device),))
 
     def _push_from_host(
         self,
@@ -210,7 +200,6 @@ class Gradients:
         count: int,
     ) -> None:
         """Pushes a gradient from a copy in host memory. count: its elements, and those that a group adds."""
-        assert state.remote is not None
         nbytes = count * dtype.itemsize
         # A copy, in memory that is used again and that servers read over a link that can: autograd's own block goes
         # back to the allocator at once.
@@ -226,16 +215,31 @@ class Gradients:
             leaving[gradient.numel() :].zero_()
             self._reduce_scatter(group, state, leaving, block, final)
         else:
-            self._job.transfer.push(
-                state.remote,
-                leaving,
-                PushKind.GRADIENT,
-                step=self._job.step,
-                sequence=state.contributions,
-                final=final,
-                parts=parts,
-                on_sent=functools.partial(memory.give, block),
-            )
+            self._push(state, leaving, parts, final, on_sent=functools.partial(memory.give, block))
+
+    def _push(
+        self,
+        state: OffloadedParameter,
+        leaving: torch.Tensor,
+        parts: tuple[Part, ...] | None,
+        final: bool,
+        *,
+        after: "tuple[torch.cuda.Event, ...]" = (),
+        on_sent: Callable[[], None] | None = None,
+    ) -> None:
+        """As `Transfer.push`."""
+        assert state.remote is not None
+        self._job.transfer.push(
+            state.remote,
+            leaving,
+            PushKind.GRADIENT,
+            step=self._job.step,
+            sequence=state.contributions,
+            final=final,
+            parts=parts,
+            after=after,
+            on_sent=on_sent,
+        )
 
     def _reduce_scatter(
         self,
