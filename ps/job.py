@@ -127,10 +127,16 @@ class Job:
                 self.steps.keep(session, self.shard, step)
             self.sessions.close(session)
 
-    def end_group(self, session: Session, reason: str) -> None:
-        """The session's trainer will join anew, and so has everybody of its group to."""
+    def end_group(self, session: Session, reason: str, *, passed_on: bool = False) -> None:
+        """The session's trainer will join anew, and so has everybody of its group to.
+
+        passed_on: as another trainer is lost; reason is what another server said of that.
+        """
         with self.monitor:
-            self.sessions.give_up(session, reason)
+            if passed_on:
+                self.sessions.lose(session, reason)
+            else:
+                self.sessions.give_up(session, reason)
 
     def living_sessions(self) -> list[Session]:
         with self.monitor:

@@ -227,7 +227,7 @@ class ParameterServer:
         job, session = self._jobs.find(request.session_id)
         if session.read_only:
             raise InvalidRequest("a read-only session is of no group")
-        job.end_group(session, request.reason[:_MAX_REASON_CHARS])
+        job.end_group(session, request.reason[:_MAX_REASON_CHARS], passed_on=request.passed_on)
         return pb.EndGroupResponse()
 
     @_call

@@ -272,6 +272,11 @@ class Sessions:
         """A trainer cannot go on and will join anew: so will all of its group."""
         self._end(session, f"its trainer joins the job anew: {reason}")
 
+    def lose(self, session: Session, lost: str) -> None:
+        """Another server has ended the session's group, as a trainer of it is lost; lost: what it said."""
+        if session.ended is None and session.group is not None:
+            self._end_all(session.group, "another trainer was lost, as another server says", lost)
+
     def end_group(self, why: str) -> None:
         """Ends the present group, of which nobody in particular was lost."""
         if self.group is not None and self.group.lost is None:
@@ -287,10 +292,14 @@ class Sessions:
         self._end_one(session, why)
         if group is None or alone:
             return
-        group.lost = f"rank {session.rank} of job {self._job!r} is lost: {why}"
-        for other in list(self._ranks.values()):
-            if other.group is group:
-                self._end_one(other, f"rank {session.rank} was lost", group.lost)
+        lost = f"rank {session.rank} of job {self._job!r} is lost: {why}"
+        self._end_all(group, f"rank {session.rank} was lost", lost)
+
+    def _end_all(self, group: Group, why: str, lost: str) -> None:
+        group.lost = lost
+        for session in list(self._ranks.values()):
+            if session.group is group:
+                self._end_one(session, why, lost)
 
     def _end_one(self, session: Session, why: str, lost: str | None = None) -> None:
         session.ended, session.lost = why, lost

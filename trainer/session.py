@@ -127,13 +127,18 @@ class Session:
     def _pass_on(self, knows: Server, error: ZeroPsError) -> None:
         """Where one server has ended this session, its group is to end with all: this trainer, and others, may be
         waiting there for what will not come."""
-        self._end_group([server for server in self._servers if server is not knows], str(error))
+        others = [server for server in self._servers if server is not knows]
+        self._end_group(others, str(error), passed_on=isinstance(error, TrainerLost))
 
-    def _end_group(self, servers: Sequence[Server], reason: str) -> "list[grpc.Future[Any]]":
+    def _end_group(
+        self, servers: Sequence[Server], reason: str, *, passed_on: bool = False
+    ) -> "list[grpc.Future[Any]]":
         calls: list[grpc.Future[Any]] = []
         for server in servers if self._place.group else ():
             if server.session_id:
-                request = pb.EndGroupRequest(session_id=server.session_id, reason=reason[:1000])
+                request = pb.EndGroupRequest(
+                    session_id=server.session_id, reason=reason[:1000], passed_on=passed_on
+                )
                 with contextlib.suppress(ValueError):  # the channel was closed meanwhile
                     calls.append(server.start("EndGroup", request, 2 * _FAREWELL_SECONDS))
         return calls

@@ -227,6 +227,14 @@ def test_elastic_trainers_and_others_do_not_mix(joining: Joining) -> None:
 # ---------------------------------------------------------------- fencing
 
 
+def test_who_passes_on_that_another_trainer_is_lost_hears_it_as_all_the_others_do(address: str, job_name: str) -> None:
+    one, two = start_job(address, W, job=job_name, world_size=2, lr=1.0)
+    one.call("EndGroup", reason="server elsewhere: rank 1 is lost: a test", passed_on=True)
+    for client in (one, two):
+        code, message = error_of(lambda client=client: client.step(0))
+        assert (code, message) == (grpc.StatusCode.ABORTED, "server elsewhere: rank 1 is lost: a test")
+
+
 def test_nothing_that_comes_late_from_a_group_that_ended_changes_anything(address: str, job_name: str) -> None:
     one, two = start_job(address, W, job=job_name, world_size=2, lr=1.0)
     one.push_gradient(0, torch.ones(4))

@@ -16,6 +16,7 @@ from tests.trainer.recovery.programs import Plain, adamw
 from tests.trainer.runs import Deep, gathered_values, live_bytes
 from trainer.errors import NoCommonState
 from trainer.offload import find
+from trainer.server import Server
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +33,28 @@ def end_sessions(job: trainer.Job) -> None:
     """As if the leases had run out; the servers keep the state."""
     for server in job.servers:
         server.call("EndGroup", pb.EndGroupRequest(session_id=server.session_id, reason="test"), 20)
+
+
+def test_who_is_lost_is_what_a_trainer_hears_of_every_server(cluster: LocalCluster, job_name: str) -> None:
+    """Also of one that it has told itself, by a heartbeat that found out."""
+    with ThreadPoolExecutor(2) as pool:
+        one, other = pool.map(
+            lambda rank: trainer.connect(cluster.addresses, job=job_name, rank=rank, world_size=2, timeout=60), range(2)
+        )
+    with one, other:
+        other.connection.session.stop()
+        knows = other.servers[0]
+        knows.call("EndGroup", pb.EndGroupRequest(session_id=knows.session_id, reason="a test"), 20)
+        for server in reversed(one.servers):
+            with pytest.raises(trainer.TrainerLost, match="rank 1 of job"):
+                beat_until_it_ends(server)
+
+
+def beat_until_it_ends(server: Server) -> None:
+    end = time.monotonic() + 20
+    while time.monotonic() < end:
+        server.call("Heartbeat", pb.HeartbeatRequest(session_id=server.session_id), 20)
+        time.sleep(0.02)
 
 
 def step(job: trainer.Job, model: nn.Module, optimizer: trainer.RemoteOptimizer) -> float:
