@@ -14,7 +14,7 @@ def open_group(job: Job, config: OffloadConfig) -> TrainerGroup | None:
 
     With `mode="auto"` trainers are a group where the way to the servers is a network and they have a process
     group. All ranks have to call this; they get the same answer. Raises ConfigError, saying what is missing,
-    where `mode="group"` cannot be.
+    where `mode="group"` cannot be, and for a `process_group` that is none.
     """
     if job.read_only:
         return None
@@ -54,7 +54,14 @@ def _ranks(job: Job, config: OffloadConfig) -> tuple[list[int], str]:
         if group.ndim != 1:
             return [], f"process_group is a mesh of {group.ndim} dimensions; give one of them, as mesh['dp']"
         group = group.get_group()
+    # To a process that is not in a group, torch gives a number in its place.
+    if not isinstance(group, (dist.ProcessGroup, int, type(None))):
+        raise ConfigError(
+            f"OffloadConfig.process_group has to be a process group or a DeviceMesh of one dimension, not {group!r}"
+        )
     rank, size = dist.get_rank(group), dist.get_world_size(group)
+    if rank < 0:
+        return [], "this process is not in the process group that it gave; give each the group of which it is a rank"
     if (rank, size) != (job.rank, job.world_size):
         return [], (
             f"this is rank {rank} of {size} in the process group and rank {job.rank} of {job.world_size} in job "

@@ -136,9 +136,7 @@ class Session:
         calls: list[grpc.Future[Any]] = []
         for server in servers if self._place.group else ():
             if server.session_id:
-                request = pb.EndGroupRequest(
-                    session_id=server.session_id, reason=reason[:1000], passed_on=passed_on
-                )
+                request = pb.EndGroupRequest(session_id=server.session_id, reason=reason[:1000], passed_on=passed_on)
                 with contextlib.suppress(ValueError):  # the channel was closed meanwhile
                     calls.append(server.start("EndGroup", request, 2 * _FAREWELL_SECONDS))
         return calls

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 
 import trainer
 from tests.models import Residual, batch, loss_of, seeded
@@ -94,6 +95,47 @@ def train(
             "mode": report.mode,
             "peak": report.peak_live_bytes,
         }
+
+
+def train_in_a_part_of_the_world(addresses: list[str], job: str, store: str, mode: str) -> dict[str, Any]:
+    """Two data-parallel groups of two, each with parameters and a job of its own; one is given as a mesh."""
+    join(store)
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    data, shard = mesh["dp"], mesh["tp"].get_local_rank()
+    rank, world_size = data.get_local_rank(), data.size()
+    config = trainer.OffloadConfig(
+        mode=mode, process_group=data if shard == 0 else data.get_group(), param_persistence_threshold=0
+    )
+    with trainer.connect(
+        addresses, job=f"{job}-{shard}", rank=rank, world_size=world_size, links=["grpc"]
+    ) as connection:
+        model = seeded(lambda: Residual(width=16 + 8 * shard))
+        trainer.offload(model, connection, config)
+        optimizer = adamw(model.parameters())
+        losses = []
+        for step in range(3):
+            loss = loss_of(model, batch(step, rows=2 * world_size).chunk(world_size)[rank])
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        return {"losses": losses, "params": gathered_values(model), "mode": trainer.report(model).mode}
+
+
+def give_a_group_that_is_not_the_jobs(addresses: list[str], job: str, store: str) -> list[str]:
+    """The errors, for a job of two: each gives the group of the other one, one of its own, and what is no group."""
+    rank, _ = join(store)
+    groups = [dist.new_group([0]), dist.new_group([1])]
+    errors = []
+    with trainer.connect(addresses, job=job, timeout=20) as connection:
+        for group in (groups[1 - rank], groups[rank], "dp"):
+            config = trainer.OffloadConfig(mode="group", process_group=group)
+            try:
+                trainer.offload(seeded(Residual), connection, config)
+                errors.append("no error")
+            except trainer.ZeroPsError as error:
+                errors.append(f"{type(error).__name__}: {error}")
+    return errors
 
 
 def take_different_ways(addresses: list[str], job: str, store: str) -> str:

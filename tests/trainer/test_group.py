@@ -76,6 +76,32 @@ def test_all_ranks_come_to_one_mode(
     assert all(re.match(expected, mode) for mode in found), found
 
 
+def test_a_group_may_be_a_part_of_the_world_with_a_job_of_its_own(
+    cluster: LocalCluster, job_name: str, tmp_path: Path
+) -> None:
+    """As with tensor parallelism: four ranks, of whom two and two have the same parameters."""
+    results = {}
+    for mode in ("direct", "auto"):
+        folder = tmp_path / mode
+        folder.mkdir()
+        results[mode] = run("train_in_a_part_of_the_world", cluster, folder, 4, job=f"{job_name}-{mode}", mode=mode)
+    assert [result["mode"] for result in results["auto"]] == ["group"] * 4
+    for direct, group in zip(results["direct"], results["auto"], strict=True):
+        assert direct["losses"] == group["losses"]
+        assert _flat(direct["params"]) == _flat(group["params"])
+    # Ranks 0 and 2 are one group, 1 and 3 are the other.
+    assert _flat(results["auto"][0]["params"]) == _flat(results["auto"][2]["params"])
+    assert results["auto"][0]["params"]["head.weight"].shape != results["auto"][1]["params"]["head.weight"].shape
+
+
+def test_a_group_of_other_ranks_than_the_jobs_is_refused(cluster: LocalCluster, job_name: str, tmp_path: Path) -> None:
+    for errors in run("give_a_group_that_is_not_the_jobs", cluster, tmp_path, 2, job=job_name):
+        for error, said in zip(
+            errors, ("is not in the process group", "this is rank 0 of 1 in the process group", "not 'dp'"), strict=True
+        ):
+            assert error.startswith("ConfigError: ") and said in error, error
+
+
 def test_updates_begin_during_the_last_backward(cluster: LocalCluster, job_name: str, tmp_path: Path) -> None:
     """Chunks of parts of several ranks, and those that one rank alone has, are updated before the step is asked for."""
     results = {}
