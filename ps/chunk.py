@@ -158,9 +158,12 @@ class Chunk:
             converted = byte_view(part.tensor.reshape(-1)[first:end].to(dtype))
             return b"".join((head, converted[start - first * dtype.itemsize : stop - first * dtype.itemsize]))
 
-    def lend(self, version: int, dtype: torch.dtype, arena: Arena, patience: Patience | None = None) -> Lent | None:
+    def lend(
+        self, version: int, dtype: torch.dtype, arena: Arena | None, patience: Patience | None = None
+    ) -> Lent | None:
         """The chunk in `dtype`, to be read where it is until it is given back; None where it cannot be.
 
+        arena: in which it has to be; None where this process reads it.
         Raises VersionGone, Conflict and MemoryError.
         """
         while True:

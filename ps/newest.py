@@ -57,7 +57,7 @@ class _Newest:
 
         return read
 
-    def lend(self, arena: Arena) -> Lent | None:
+    def lend(self, arena: Arena | None) -> Lent | None:
         return self._at_one_version(lambda version: self._chunk.lend(version, self._dtype, arena, self._patience))
 
     def _read(self, version: int) -> list[bytes]:

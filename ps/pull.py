@@ -132,7 +132,9 @@ def _reader(chunk: Chunk, version: int, dtype: torch.dtype, patience: Patience) 
     return lambda start, stop, head=b"": chunk.read(version, dtype, start, stop, patience, head)
 
 
-def _lender(chunk: Chunk, version: int, dtype: torch.dtype, patience: Patience) -> Callable[[Arena], Lent | None]:
+def _lender(
+    chunk: Chunk, version: int, dtype: torch.dtype, patience: Patience
+) -> Callable[[Arena | None], Lent | None]:
     return lambda arena: chunk.lend(version, dtype, arena, patience)
 
 

@@ -17,7 +17,7 @@ class LinkRefused(Exception):
     """This kind of link cannot be used; the message says why, for whoever wonders about speed."""
 
 
-def _nothing_to_lend(arena: Arena) -> Lent | None:
+def _nothing_to_lend(arena: Arena | None) -> Lent | None:
     return None
 
 
@@ -32,13 +32,13 @@ class Block:
     """Bytes that leave together, such as a chunk's at one version.
 
     read: Raises a ServerError when they are not what was asked for any more.
-    lend: memory that has them from its byte `start` on, to be read there until it is given back, taken from an
-        arena if it is not there already; None where there is no such memory. Raises as `read`, and MemoryError.
+    lend: memory that has them from its byte `start` on, to be read there until it is given back: of an arena, or, if
+        that is None, wherever it is; None where there is no such memory. Raises as `read`, and MemoryError.
     """
 
     num_bytes: int
     read: Read
-    lend: Callable[[Arena], Lent | None] = _nothing_to_lend
+    lend: Callable[[Arena | None], Lent | None] = _nothing_to_lend
     start: int = 0
 
 

@@ -1,6 +1,7 @@
 """The links between hosts: a pair of the server and one trainer moves what is large, and messages the rest."""
 
 import contextlib
+import queue
 import re
 import threading
 import time
@@ -16,6 +17,7 @@ from protos.pair import DEPTH, Exchange, Pair, Work
 from ps.errors import Cancelled, InvalidRequest, ServerError, Timeout
 from ps.links.base import Block, Claim, Link, LinkKind, LinkRefused
 from ps.links.grpc import messages
+from ps.tier import Lent
 
 _TOKEN = re.compile(r"[0-9a-f]{32}")
 _UNCLAIMED_SECONDS = 30.0
@@ -23,13 +25,21 @@ _MAX_UNCLAIMED = 256
 
 
 class PairLink(Link):
-    """Sends what is large as parcels, and the rest in messages."""
+    """Sends what is large as parcels, from where it is if it stays there, and the rest in messages.
+
+    A thread waits for what was sent, so that nothing is lent for longer than it takes, whatever is asked for next.
+    """
 
     def __init__(self, kind: str, pair: Pair) -> None:
         self.kind = kind
         self._pair: Pair | None = pair
         self._tag = 0
-        self._leaving: deque[Work] = deque()
+        self._room = threading.Semaphore(DEPTH)
+        # With what is lent until it has left; None behind the last.
+        self._leaving: queue.SimpleQueue[tuple[Work, Lent | None] | None] = queue.SimpleQueue()
+        self._waiter: threading.Thread | None = None
+        # Of `_pair` and `_leaving`: nothing comes behind the last.
+        self._lock = threading.Lock()
 
     def answer(self, request_id: int, blocks: Iterable[Block | None]) -> Iterator[tuple[bytes | pb.PullResponse, int]]:
         small: list[Block] = []
@@ -45,30 +55,70 @@ class PairLink(Link):
             if not large:
                 small.append(block)
                 continue
-            for start in range(0, block.num_bytes, pair.PARCEL_BYTES):
-                yield from self._send(request_id, block.read(start, min(start + pair.PARCEL_BYTES, block.num_bytes)))
-                sent = True
+            yield from self._send_block(request_id, block)
+            sent = True
         if small or not sent:
             yield from messages(request_id, small)
 
-    def _send(self, request_id: int, data: bytes) -> Iterator[tuple[pb.PullResponse, int]]:
-        """Sends a parcel, and says so."""
-        while len(self._leaving) >= DEPTH:
-            self._wait(self._leaving.popleft())
+    def _send_block(self, request_id: int, block: Block) -> Iterator[tuple[pb.PullResponse, int]]:
+        lent = block.lend(None)
+        try:
+            for start in range(0, block.num_bytes, pair.PARCEL_BYTES):
+                stop = min(start + pair.PARCEL_BYTES, block.num_bytes)
+                if lent is None:
+                    data = torch.frombuffer(block.read(start, stop), dtype=torch.uint8)
+                else:
+                    data = lent.tensor.view(-1).view(torch.uint8)[block.start + start : block.start + stop]
+                yield from self._send(request_id, data, lent)
+        finally:
+            if lent is not None:
+                lent.give_back()
+
+    def _send(self, request_id: int, data: torch.Tensor, lent: Lent | None) -> Iterator[tuple[pb.PullResponse, int]]:
+        """Sends a parcel, and says so. lent: what it is of, if it is not the parcel's own."""
+        if not self._room.acquire(timeout=pair.MOVE_SECONDS):
+            raise Timeout(f"the trainer did not take a parcel of the {self.kind} link within {pair.MOVE_SECONDS:g} s")
         self._tag = pair.next_tag(self._tag)
+        size = data.numel()
+        announced = pb.PullResponse(request_id=request_id, parcels=[pb.Parcel(tag=self._tag, size=size)]), size
         leaves_by = self._open_pair()
-        announced = (
-            pb.PullResponse(request_id=request_id, parcels=[pb.Parcel(tag=self._tag, size=len(data))]),
-            len(data),
-        )
         if leaves_by.device is not None:
             # A device that sends already may keep this process from saying so.
             yield announced
         with self._breaks():
-            self._leaving.append(leaves_by.send(torch.frombuffer(data, dtype=torch.uint8), self._tag))
+            work = leaves_by.send(data, self._tag)
+        if lent is not None:
+            lent.lend()
+        self._until_left(work, lent)
+        del work
         if leaves_by.device is None:
             # What the trainer hears of is on its way then.
             yield announced
+
+    def _until_left(self, work: Work, lent: Lent | None) -> None:
+        """Has somebody wait for a parcel, and give back what it is of."""
+        with self._lock:
+            if self._pair is not None:
+                self._leaving.put((work, lent))
+                if self._waiter is None:
+                    self._waiter = threading.Thread(target=self._wait_for_all, name=f"{self.kind} sent", daemon=True)
+                    self._waiter.start()
+                return
+        self._wait_and_give_back(work, lent)
+
+    def _wait_for_all(self) -> None:
+        while (leaving := self._leaving.get()) is not None:
+            self._wait_and_give_back(*leaving)
+            # A local of an idle thread would keep what was sent last.
+            del leaving
+
+    def _wait_and_give_back(self, work: Work, lent: Lent | None) -> None:
+        # Whoever sends next is told what is wrong, and the trainer finds out itself.
+        with contextlib.suppress(ServerError):
+            self._wait(work)
+        if lent is not None:
+            lent.give_back()
+        self._room.release()
 
     def received(self, header: pb.PushHeader, claim: Claim) -> Generator[memoryview | int, None, None]:
         _check_sizes(header)
@@ -123,10 +173,11 @@ class PairLink(Link):
 
     def close(self) -> None:
         # What waits for the other end holds the pair, and hears of its end when the trainer is gone.
-        left, self._pair = self._pair, None
+        with self._lock:
+            left, self._pair = self._pair, None
+            self._leaving.put(None)
         if left is not None:
             left.leave()
-        self._leaving.clear()
 
 
 def _check_sizes(header: pb.PushHeader) -> None:

@@ -97,7 +97,11 @@ class ShmLink(Link):
         except MemoryError as error:
             _log.warning("a chunk travels in messages: %s", error)
             return None
-        return None if lent is None else (pb.Region(offset=lent.offset + block.start, size=block.num_bytes), lent)
+        if lent is None:
+            return None
+        offset = self._arena.offset_of(lent.tensor)
+        assert offset is not None
+        return pb.Region(offset=offset + block.start, size=block.num_bytes), lent
 
     def _handed_over(self, request_id: int, regions: list[tuple[pb.Region, Lent]]) -> tuple[pb.PullResponse, int]:
         """The response that tells the trainer of regions, which are its own until it says that it has read them."""

@@ -1,24 +1,18 @@
-"""Memory that trainers read where it is."""
+"""Memory that others read where it is."""
 
 import threading
 
 import torch
 
-from protos.segment import Arena
-
 
 class Lent:
-    """A tensor in an arena, and how many readers may be looking at it.
+    """A tensor, and how many readers may be looking at it.
 
     While there is any, its bytes must not change: what replaces them goes elsewhere.
     """
 
-    def __init__(self, arena: Arena, tensor: torch.Tensor) -> None:
-        self.arena = arena
+    def __init__(self, tensor: torch.Tensor) -> None:
         self.tensor = tensor
-        offset = arena.offset_of(tensor)
-        assert offset is not None
-        self.offset = offset
         self.readers = 0
         self._lock = threading.Lock()
 

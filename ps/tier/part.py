@@ -37,6 +37,7 @@ class Part:
 
     __slots__ = (
         "area",
+        "arena",
         "array",
         "buffer",
         "busy",
@@ -89,6 +90,8 @@ class Part:
         self.plain: torch.Tensor | None = None
         # Of `plain`, if somebody was lent it.
         self.lent: Lent | None = None
+        # In which others have read `plain`; None where nobody has.
+        self.arena: Arena | None = None
         self.buffer: Buffer | None = None
         self.busy: Literal["loading", "writing"] | None = None
         self.discarded = False
@@ -130,26 +133,28 @@ class Part:
 
     # ------------------------------------------------------------ reading it where it is
 
-    def lend(self, arena: Arena) -> Lent | None:
+    def lend(self, arena: Arena | None) -> Lent | None:
         """Has the content read where it is, until it is given back; None where the part may leave memory.
 
+        arena: in which it has to be; None where this process reads it.
         Expects the content to be there, and that nobody changes it meanwhile. Raises MemoryError.
         """
         if self.area is not None or self.plain is None:
             return None
+        if arena is not None and arena.offset_of(self.plain) is None:
+            # Who reads it where it was goes on there.
+            shared = self._room_in(arena)
+            shared.copy_(self.plain)
+            self.plain, self.arena = shared, arena
         if self.lent is None or self.lent.tensor.data_ptr() != self.plain.data_ptr():
-            if arena.offset_of(self.plain) is None:
-                shared = self._taken_from(arena)
-                shared.copy_(self.plain)
-                self.plain = shared
-            self.lent = Lent(arena, self.plain)
+            self.lent = Lent(self.plain)
         self.lent.lend()
         return self.lent
 
     def allocate_in(self, arena: Arena) -> None:
         """What will be lent is put where it can be from the start. Does nothing where there is memory already."""
         if self.area is None and self.plain is None:
-            self.plain = self._taken_from(arena)
+            self.plain, self.arena = self._room_in(arena), arena
 
     def about_to_change(self, *, keep: bool = True) -> None:
         """Moves the content away from those who read it; keep: it is needed itself, and not only its room."""
@@ -157,14 +162,17 @@ class Part:
         if lent is None or self.plain is None or not lent.readers or lent.tensor.data_ptr() != self.plain.data_ptr():
             return
         try:
-            moved = self._taken_from(lent.arena)
+            moved = self._room_in(self.arena)
         except MemoryError:
-            moved = torch.empty(self.shape, dtype=self.dtype)
+            moved = self._room_in(None)
         if keep:
             moved.copy_(self.plain)
         self.plain, self.lent = moved, None
 
-    def _taken_from(self, arena: Arena) -> torch.Tensor:
+    def _room_in(self, arena: Arena | None) -> torch.Tensor:
+        """arena: None for memory of this process alone. Raises MemoryError."""
+        if arena is None:
+            return torch.empty(self.shape, dtype=self.dtype)
         return arena.take(self.nbytes).view(self.dtype).view(self.shape)
 
     def hold(self, tensor: torch.Tensor) -> None:

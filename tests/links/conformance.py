@@ -117,9 +117,10 @@ def random_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
 
 
 class LinkConformance:
-    """prelude: what a trainer in another process runs first."""
+    """prelude: what a trainer in another process runs first. lends: whether what leaves is read where it is."""
 
     kind: ClassVar[str]
+    lends: ClassVar[bool] = False
     prelude: ClassVar[str] = ""
 
     @classmethod
@@ -325,6 +326,35 @@ class LinkConformance:
             reader.link.close()
             thread.join(TIMEOUT)
         assert not [found for found in wrong if isinstance(found, tuple)], wrong
+
+    def test_a_slow_reader_gets_the_version_that_it_asked_for(self, open) -> None:
+        """It hears of the bytes at once and takes them after two updates."""
+        elements = 3_000_000
+        peer = open({"w": torch.zeros(elements)})
+        slow = open({"w": torch.zeros(elements)}, read_only=True)
+        target, begin = torch.full((elements,), 5.0), threading.Event()
+        deliver = slow.link.deliver
+
+        def slowly(response, pull):
+            heard.set()
+            assert begin.wait(TIMEOUT)
+            deliver(response, pull)
+
+        heard, slow.link.deliver = threading.Event(), slowly
+        arriving = slow.start_pull(0, target)
+        assert heard.wait(TIMEOUT)
+        for step in range(2):
+            peer.push(0, torch.ones(elements), step=step).result(TIMEOUT)
+            peer.step(step)
+            assert (peer.pull(0, version=step + 1) == -step - 1).all()
+        begin.set()
+        try:
+            arriving.result(TIMEOUT)
+        except trainer.RequestRefused:
+            # The rest had not been read when it changed.
+            assert not self.lends
+        else:
+            assert (target == 0).all()
 
     # ------------------------------------------------------------ ends
 

@@ -14,6 +14,7 @@ from tests.links.conformance import LinkConformance
 
 class TestGlooLink(LinkConformance):
     kind = "gloo"
+    lends = True
 
 
 @pytest.mark.parametrize(

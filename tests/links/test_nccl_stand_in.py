@@ -26,6 +26,7 @@ def _sockets_in_place_of_nccl() -> Iterator[None]:
 
 class TestNcclLink(LinkConformance):
     kind = "nccl"
+    lends = True
     prelude = "import pytest, tests.links.stand_in\ntests.links.stand_in.patch(pytest.MonkeyPatch())"
 
     @classmethod
