@@ -172,11 +172,11 @@ def _count(text: str) -> float:
     match = re.fullmatch(r"(\d+(?:\.\d*)?(?:e\d{1,2})?)([kKMBGT]?)", text)
     value = float(match[1]) * _FACTORS[match[2].upper()] if match else 0.0
     if not 1 <= value < 1e21:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number: write 70e9, 70B or 4M")
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 to 1e21: write 70e9, 70B or 4M")
     return value
 
 
 def _positive(text: str) -> int:
     if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= 1 << 20:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 to {1 << 20}")
     return int(text)

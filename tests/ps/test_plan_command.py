@@ -43,6 +43,21 @@ KNOWN = [
         },
         7_615_616_512,
     ),
+    (
+        {
+            "model_type": "qwen3", "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36,
+            "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936,
+        },
+        8_190_735_360,
+    ),
+    # Keys and values are of 8 heads if a file does not say.
+    (
+        {
+            "model_type": "mistral", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+            "num_attention_heads": 32, "vocab_size": 32000,
+        },
+        7_241_732_096,
+    ),
 ]  # fmt: skip
 
 CLUSTER = Cluster(
@@ -73,6 +88,24 @@ def test_parameters_of_known_models(tmp_path, config, parameters):
     assert hf_config.read(file).parameters == parameters
 
 
+@pytest.mark.parametrize(
+    ("base", "changed", "added"),
+    [
+        (KNOWN[1][0], {"tie_word_embeddings": False}, 50257 * 768),
+        (LLAMA, {"tie_word_embeddings": True}, -128256 * 8192),
+        (LLAMA, {"mlp_bias": True}, 80 * (2 * 28672 + 8192)),
+        (LLAMA, {"attention_bias": True}, 80 * (8192 + 2 * 1024 + 8192)),
+    ],
+)
+def test_what_a_configuration_may_add(tmp_path, base, changed, added):
+    found = []
+    for config in (base, {**base, **changed}):
+        file = tmp_path / "config.json"
+        file.write_text(json.dumps(config))
+        found.append(hf_config.read(file).parameters)
+    assert found[1] - found[0] == added
+
+
 def test_experts_that_a_token_does_not_use_cost_no_compute(tmp_path):
     file = tmp_path / "config.json"
     file.write_text(json.dumps(KNOWN[3][0]))
@@ -87,7 +120,15 @@ def test_experts_that_a_token_does_not_use_cost_no_compute(tmp_path):
         ('{"model_type": "bert"}', "model_type 'bert'"),
         ("[]", "model_type None"),
         ('{"model_type": "llama", "hidden_size": 8}', "lacks 'num_hidden_layers'"),
-        ('{"model_type": "gpt2", "n_embd": null, "n_layer": 2}', "not a number"),
+        ('{"model_type": "gpt2", "n_embd": null, "n_layer": 2}', "has n_embd = None, which is not a whole number"),
+        ('{"model_type": "gpt2", "n_embd": 0, "n_layer": 2}', "has n_embd = 0"),
+        ('{"model_type": "gpt2", "n_embd": -8, "n_layer": 2}', "has n_embd = -8"),
+        ('{"model_type": "gpt2", "n_embd": 1e400, "n_layer": 2}', "has n_embd = inf"),
+        ('{"model_type": "gpt2", "n_embd": "wide", "n_layer": 2}', "has n_embd = 'wide'"),
+        ('{"model_type": "gpt2", "n_embd": true, "n_layer": 2}', "has n_embd = True"),
+        (json.dumps({**LLAMA, "num_attention_heads": 0}), "has num_attention_heads = 0"),
+        (json.dumps({**LLAMA, "head_dim": "x"}), "has head_dim = 'x'"),
+        ("[" * 100_000, "is not JSON"),
     ],
 )
 def test_what_is_no_known_configuration_is_said_to_be_none(tmp_path, capsys, text, message):
