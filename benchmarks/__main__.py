@@ -36,9 +36,11 @@ OUT = Path("runs/bench")
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="fewer and smaller cases, under a minute each")
-    parser.add_argument("--out", type=Path, default=OUT, metavar="DIR", help="(default: %(default)s)")
+    parser.add_argument("--out", type=report.folder_to_write, default=OUT, metavar="DIR", help="(default: %(default)s)")
     parser.add_argument("--only", type=_modules, default=MODULES, metavar="NAME,...", help=f"of {', '.join(MODULES)}")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)

@@ -218,10 +218,14 @@ def _axes(count: int, width: float, height: float = 3.4) -> tuple[Any, Sequence[
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, metavar="DIR_OF_JSON")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="(default: where the JSON is)")
+    parser.add_argument("folder", type=report.folder_of_rows, metavar="DIR_OF_JSON")
+    parser.add_argument("--out", type=report.folder_to_write, metavar="DIR", help="(default: where the JSON is)")
     arguments = parser.parse_args()
-    for path in draw_all(arguments.folder, arguments.out or arguments.folder):
+    try:
+        drawn = draw_all(arguments.folder, arguments.out or arguments.folder)
+    except ValueError as error:
+        parser.error(str(error))
+    for path in drawn:
         print(path)
     return 0
 

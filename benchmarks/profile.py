@@ -14,7 +14,7 @@ Sides and cases are those of `benchmarks.step`. `--symbols 20` also shows where 
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from benchmarks import report, step
@@ -24,7 +24,9 @@ from benchmarks.sides.phases import PHASES
 from benchmarks.sides.process import Block, Ranks, SideError
 
 WARM_UP = 3
-STEPS = 8
+PLAN = step.Plan(steps=8)
+QUICK = step.Plan(cases=("movement",), steps=3, small=True)
+SIDES = (step.PLAIN, "memory", "disk")
 
 MIB = 1 << 20
 
@@ -58,8 +60,8 @@ class Profile:
 def run(quick: bool) -> list[report.Row]:
     """The rows of plain torch and of zero-ps in memory, in both cases; of a small model when quick."""
     if quick:
-        return profiled(step.Plan(cases=("movement",), small=True), (step.PLAIN, "memory"), 1, 3)
-    return profiled(step.Plan(), (step.PLAIN, "memory", "disk"), 1, STEPS)
+        return profiled(QUICK, SIDES[:2], 1, QUICK.steps)
+    return profiled(PLAN, SIDES, 1, PLAN.steps)
 
 
 def profiled(plan: step.Plan, sides: Sequence[str], trainers: int, steps: int, symbols: int = 0) -> list[report.Row]:
@@ -193,21 +195,25 @@ def main() -> int:
     parser.add_argument(
         "--side",
         type=step.names(*known),
-        default=(step.PLAIN, "memory", "disk"),
         metavar="SIDE,...",
-        help=f"of {', '.join(known)} (default: plain,memory,disk)",
+        help=f"of {', '.join(known)} (default: {','.join(SIDES)})",
     )
     parser.add_argument("--trainers", type=int, choices=(1, 2), default=1, help="(default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=STEPS, help="to take the mean of (default: %(default)s)")
-    parser.add_argument("--symbols", type=int, default=0, metavar="N", help="show so many symbols of each process")
+    parser.add_argument("--steps", type=report.at_least_one, help=f"to take the mean of (default: {PLAN.steps})")
+    parser.add_argument(
+        "--symbols", type=report.at_least_one, default=0, metavar="N", help="show so many symbols of each process"
+    )
     arguments = parser.parse_args()
     if not available():
         print("perf is not installed: what processors did is not divided by kind", file=sys.stderr)
-    if arguments.quick:
-        rows = run(True)
-    else:
-        plan = step.Plan(cases=arguments.case or step.Plan().cases)
-        rows = profiled(plan, arguments.side, arguments.trainers, arguments.steps, arguments.symbols)
+    plan, sides = (QUICK, SIDES[:2]) if arguments.quick else (PLAN, SIDES)
+    rows = profiled(
+        replace(plan, cases=arguments.case or plan.cases),
+        arguments.side or sides,
+        arguments.trainers,
+        arguments.steps or plan.steps,
+        arguments.symbols,
+    )
     return report.conclude(rows, arguments, shown=True)
 
 

@@ -127,17 +127,58 @@ class Measured:
 
 
 def read(path: Path) -> Measured:
-    """What `--json` wrote. Raises OSError, and ValueError or KeyError for another file."""
-    content = json.loads(path.read_text())
-    return Measured(content["machine"], [Row.from_json(fields) for fields in content["rows"]])
+    """What `--json` wrote. Raises OSError, and ValueError for another file."""
+    try:
+        content = json.loads(path.read_text())
+        return Measured(content["machine"], [Row.from_json(fields) for fields in content["rows"]])
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{path} is not what a measurement wrote with --json; measure again, or delete it") from None
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
     """The flags that every measurement has."""
     found = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     found.add_argument("--quick", action="store_true", help="fewer and smaller cases, under a minute")
-    found.add_argument("--json", type=Path, metavar="FILE", help="also write the rows to FILE")
+    found.add_argument("--json", type=file_to_write, metavar="FILE", help="also write the rows to FILE")
     return found
+
+
+def file_to_write(text: str) -> Path:
+    """A flag's file, in a folder that there is from here on: what cannot be kept is not measured first."""
+    path = Path(text)
+    folder_to_write(str(path.parent))
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is a folder; name a file in it")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be written; name another file")
+    return path
+
+
+def folder_to_write(text: str) -> Path:
+    """A flag's folder, which there is from here on."""
+    path = Path(text)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"the folder {text!r} cannot be made: {error.strerror}") from None
+    return path
+
+
+def folder_of_rows(text: str) -> Path:
+    """A flag's folder, in which measurements have left their rows."""
+    path = Path(text)
+    if not any(path.glob("*.json")):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} has no .json file; measure first, as with python -m benchmarks --out {text}"
+        )
+    return path
+
+
+def at_least_one(text: str) -> int:
+    """A flag's number."""
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1")
+    return int(text)
 
 
 def conclude(rows: Sequence[Row], arguments: argparse.Namespace, *, shown: bool = False) -> int:
@@ -149,7 +190,6 @@ def conclude(rows: Sequence[Row], arguments: argparse.Namespace, *, shown: bool 
         print(table(rows))
     if arguments.json is not None:
         content = {"machine": machine(), "rows": [row.as_json() for row in rows]}
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(content, indent=2) + "\n")
     return 1 if any(row.holds is False for row in rows) else 0
 

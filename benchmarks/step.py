@@ -222,10 +222,12 @@ def _rows(case: str, trainers: int, figures: Mapping[str, Figures], bars: bool) 
         at: report.Case = {"case": case, "trainers": trainers, "side": side}
         spread = (max(found.seconds) - min(found.seconds)) / median[name]
         bar = dict(BARS.get((case, trainers, name), ())) if bars else {}
+        with_spread = {**at, "spread": round(spread, 2)}
+        if PLAIN not in median:
+            rows.append(report.Row("step", median[name], "s", case=with_spread))
         for other in (PLAIN, *(peer for peer in bar if peer != PLAIN)):
             if other in median:
                 ratio = median[name] / median[other]
-                with_spread = {**at, "spread": round(spread, 2)}
                 rows.append(
                     report.Row("step", median[name], "s", other, ratio, at_most=bar.get(other), case=with_spread)
                 )
@@ -275,39 +277,39 @@ def main() -> int:
     parser.add_argument(
         "--against",
         type=names(PLAIN, *PEERS),
-        default=plan.against,
         metavar="SIDE,...",
         help=f"of {PLAIN}, {', '.join(PEERS)}",
     )
     parser.add_argument(
         "--variants",
         type=names(*VARIANTS),
-        default=plan.variants,
         metavar="NAME,...",
         help=f"of zero-ps: {', '.join(VARIANTS)} (default: {','.join(plan.variants)})",
     )
     parser.add_argument("--case", choices=("compute", "movement"), action="append", help="(default: both)")
     parser.add_argument("--trainers", type=int, choices=(1, 2), action="append", help="(default: 1, then 2)")
-    parser.add_argument("--blocks", type=int, default=plan.blocks, help="turns of each side (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=plan.steps, help="of a turn that count (default: %(default)s)")
+    parser.add_argument("--blocks", type=report.at_least_one, help=f"turns of each side (default: {plan.blocks})")
+    parser.add_argument("--steps", type=report.at_least_one, help=f"of a turn that count (default: {plan.steps})")
     arguments = parser.parse_args()
-    if arguments.quick:
-        plan = QUICK
-    else:
-        plan = Plan(
-            arguments.against,
-            arguments.variants,
-            arguments.case or plan.cases,
-            arguments.trainers or plan.trainers,
-            arguments.blocks,
-            arguments.steps,
-        )
+    plan = QUICK if arguments.quick else plan
+    plan = replace(
+        plan,
+        against=arguments.against or plan.against,
+        variants=arguments.variants or plan.variants,
+        cases=arguments.case or plan.cases,
+        trainers=arguments.trainers or plan.trainers,
+        blocks=arguments.blocks or plan.blocks,
+        steps=arguments.steps or plan.steps,
+    )
     return report.conclude(measure(plan, lambda text: print(text, file=sys.stderr, flush=True)), arguments)
 
 
 def names(*known: str) -> Callable[[str], tuple[str, ...]]:
+    """How a flag's names, joined by commas, are read: each has to be one of these."""
+
     def parse(text: str) -> tuple[str, ...]:
-        names = tuple(text.split(","))
+        # Once each.
+        names = tuple(dict.fromkeys(text.split(",")))
         for name in names:
             if name not in known:
                 raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(known)}")

@@ -202,12 +202,16 @@ def _table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, metavar="DIR_OF_JSON")
+    parser.add_argument("folder", type=report.folder_of_rows, metavar="DIR_OF_JSON")
     parser.add_argument("--write", type=Path, nargs="+", default=[], metavar="PAGE", help="put the tables into pages")
     arguments = parser.parse_args()
-    tables = rendered(arguments.folder)
-    for page in arguments.write:
-        page.write_text(put(page.read_text(), with_pictures(tables, page.parent / "images")))
+    try:
+        tables = rendered(arguments.folder)
+        pages = {page: put(page.read_text(), with_pictures(tables, page.parent / "images")) for page in arguments.write}
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    for page, text in pages.items():
+        page.write_text(text)
     if not arguments.write:
         print("\n\n".join(f"{name}: {text}" for name, text in tables.items()))
     return 0

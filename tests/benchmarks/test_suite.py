@@ -5,12 +5,14 @@ import importlib
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 
-from benchmarks import report, tables
+from benchmarks import plots, report, step, tables
 from benchmarks.__main__ import MODULES
 from benchmarks.report import Row
 
@@ -63,6 +65,46 @@ def test_rows_are_the_same_after_they_were_written_and_read(tmp_path: Path, caps
     fields = {"name", "value", "unit", "against", "ratio", "bar", "holds", "case"}
     assert all(row.keys() == fields for row in json.loads(path.read_text())["rows"])
     assert "NO" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags", [["step"], ["profile", "--symbols"], ["step", "--blocks"], ["profile", "--steps"]])
+def test_flags_that_cannot_be_are_refused_before_anything_is_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, flags: list[str]
+) -> None:
+    name, *flag = flags
+    (tmp_path / "file").touch()
+    module = importlib.import_module(f"benchmarks.{name}")
+    wrong = [[*flag, "0"]] if flag else [["--json", str(tmp_path)], ["--json", str(tmp_path / "file" / "a.json")]]
+    for arguments in wrong:
+        monkeypatch.setattr(sys, "argv", [name, *arguments])
+        with pytest.raises(SystemExit) as exit:
+            module.main()
+        assert exit.value.code == 2
+        said = capsys.readouterr().err
+        assert "is no whole number from 1" in said or "is a folder" in said or "cannot be made" in said
+
+
+def test_quick_measures_what_the_other_flags_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    plans: list[step.Plan] = []
+    monkeypatch.setattr(step, "measure", lambda plan, say: plans.append(plan) or [])
+    for flags in ("--quick", "--quick --against plain,plain --case compute --trainers 2 --steps 7", ""):
+        monkeypatch.setattr(sys, "argv", ["step", *flags.split()])
+        assert step.main() == 0
+    assert plans[0] == step.QUICK and plans[2] == step.Plan()
+    assert plans[1] == replace(step.QUICK, against=("plain",), cases=["compute"], trainers=[2], steps=7)
+
+
+@pytest.mark.parametrize("module", [tables, plots])
+def test_a_folder_without_measurements_is_said_to_be_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, module: ModuleType
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["read", str(tmp_path)])
+    for content, said in ((None, "has no .json file"), ("{}", "step.json is not what a measurement wrote")):
+        if content is not None:
+            (tmp_path / "step.json").write_text(content)
+        with pytest.raises(SystemExit) as exit:
+            module.main()
+        assert exit.value.code == 2 and said in capsys.readouterr().err
 
 
 def test_tables_take_their_places_in_a_page_and_leave_the_rest(tmp_path: Path) -> None:
