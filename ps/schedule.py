@@ -1,12 +1,12 @@
 """When each chunk of a shard is used next: the cycle of training, and where in it everybody is.
 
 An iteration at step s is what trainers do in their order (pulls at version s, gradients of step s), then
-norms if there are any, then the update of every chunk in the order in which the next iteration pulls them. The
-order of the first is what a trainer stated (`Plan`), else the order of its last iteration as the server saw it,
-else forwards through the manifest and back. A chunk that was updated right after its gradient, by an announced
-step, is expected to be so again.
+norms if there are any, then the update of every chunk right before the next iteration pulls it: trainers wait for
+updates one chunk after the other. The order of the first is what a trainer stated (`Plan`), else the order of its
+last iteration as the server saw it, else forwards through the manifest and back. A chunk that was updated right
+after its gradient, by an announced step, is expected to be so again.
 
-Times are integers: `STEP` for each step, and places within it.
+Times are integers: `STEP` for each step, and two for each place within it.
 """
 
 from bisect import bisect_left
@@ -22,7 +22,8 @@ Use = tuple[Kind, Chunk]
 
 STEP = 1 << 40
 NORM = 1 << 38
-UPDATE = 1 << 39
+LAST = 1 << 39
+"""Within an iteration: when norms are computed, and when it is known that nothing comes after."""
 
 _MAX_RECORDED = 1 << 20
 """Uses of one iteration that are remembered."""
@@ -154,8 +155,11 @@ class Schedule:
 
     def _update(self, chunk: Chunk) -> float:
         if chunk in self._early and (places := self._places.get(("gradient", chunk))):
-            return chunk.version * STEP + places[-1]
-        return chunk.version * STEP + UPDATE + self._update_place[chunk]
+            return chunk.version * STEP + _used_at(places[-1])
+        following = (chunk.version + 1) * STEP
+        if places := self._places.get(("pull", chunk)):
+            return following + _used_at(places[0]) - 1
+        return following + LAST + self._update_place[chunk]
 
     def _next(self, kind: Kind, chunk: Chunk) -> float:
         """The next pull of a chunk, or its next gradient."""
@@ -166,8 +170,8 @@ class Schedule:
         if chunk.version <= self._step:
             found = bisect_left(places, self._place)
             if found < len(places):
-                return self._step * STEP + places[found]
-        return max(self._step + 1, chunk.version) * STEP + places[0]
+                return self._step * STEP + _used_at(places[found])
+        return max(self._step + 1, chunk.version) * STEP + _used_at(places[0])
 
     def _set_order(self, order: Sequence[Use]) -> None:
         places: dict[Use, list[int]] = {}
@@ -177,3 +181,8 @@ class Schedule:
         by_pull = sorted(self._chunks, key=lambda chunk: places.get(("pull", chunk), never)[0])
         self._update_place = {chunk: place for place, chunk in enumerate(by_pull)}
         self._order, self._places = list(order), places
+
+
+def _used_at(place: int) -> int:
+    """The time of a place; just before it is that of an update which it waits for."""
+    return 2 * place + 1

@@ -94,7 +94,7 @@ def test_the_slowest_trainer_says_where_everybody_is() -> None:
     schedule.used("slow", "pull", chunks[0], 0)
     for number in range(3):
         schedule.used("fast", "pull", chunks[number], 0)
-    forward, backward = 1, 5
+    forward, backward = 3, 11
     assert chunks[1].forecasts["weight"]() == forward
     schedule.forget("slow")
     schedule.used("fast", "pull", chunks[2], 0)
@@ -110,6 +110,27 @@ def test_updates_come_in_the_order_of_the_pulls_of_the_next_iteration() -> None:
     schedule.used("trainer", "pull", three, 1)
     assert schedule.update_order() == [three, one, two, four]
     assert three.forecasts["state"]() < one.forecasts["state"]() < two.forecasts["state"]()
+
+
+def test_an_update_comes_right_before_the_pull_that_waits_for_it() -> None:
+    """And so after the pulls of what is updated before it, whose copies are needed sooner than it is."""
+    shard, schedule = make(3)
+    one, two, three = shard
+    for kind, chunk in (("pull", one), ("pull", two), ("pull", three), ("gradient", three), ("gradient", two)):
+        schedule.used("trainer", kind, chunk, 0)
+    schedule.used("trainer", "pull", one, 1)
+    two.version = 1
+    assert two.forecasts["copy"]() < three.forecasts["state"]() < 2 * STEP
+    three.version = 1
+    assert two.forecasts["copy"]() < three.forecasts["copy"]() < two.forecasts["state"]()
+
+
+def test_what_nobody_pulls_is_updated_last() -> None:
+    shard, schedule = make(2)
+    one, two = shard
+    for step in range(2):
+        schedule.used("trainer", "pull", two, step)
+    assert two.forecasts["state"]() < one.forecasts["state"]()
 
 
 def test_what_was_updated_right_after_its_gradient_is_expected_to_be_so_again() -> None:
