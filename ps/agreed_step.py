@@ -58,13 +58,15 @@ class AgreedStep:
         """The chunks to update next, in the order in which trainers need them; each is handed out once.
 
         Of a step that is not complete nothing where it is less than `min_bytes`, and no more than about `max_bytes`,
-        as those that are needed sooner come later.
+        as those that are needed sooner come later. Where memory is limited in the order of their gradients instead:
+        it is the same in every step, so that it is known what to read and what to keep.
         """
         if self.complete:
             return [chunk for chunk in self.shard.schedule.update_order() if chunk.version == self.step]
         if sum(chunk.num_bytes() for chunk in self._ready) < min_bytes:
             return []
-        self._ready.sort(key=self.shard.schedule.update_place)
+        if not self.shard.tier.limited:
+            self._ready.sort(key=self.shard.schedule.update_place)
         taken, size = 0, 0
         while taken < len(self._ready) and size < max_bytes:
             size += self._ready[taken].num_bytes()
