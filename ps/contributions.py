@@ -382,25 +382,45 @@ class Contributions:
         accumulator.count = 0
 
 
-def average(chunk: Chunk, by_rank: Sequence[Contributions], step: int) -> torch.Tensor | None:
+def average(chunk: Chunk, by_rank: Sequence[Contributions], step: int, into: Part | None = None) -> torch.Tensor | None:
     """The mean or sum of the trainers' gradients for a step, in the weight's dtype; None if nobody contributed.
 
+    into: what `new_average` made; None for memory of torch's own.
     A trainer that contributed nothing counts as zero. With one trainer the result is its accumulator
-    itself if that has the weight's dtype. Expects a lease of the parts, of `average_bytes` besides, and the
-    chunk's lock.
+    itself if that has the weight's dtype. Expects a lease of the parts and of `into`, and the chunk's lock.
     """
-    gradients = [part.tensor for part in gradient_parts(chunk, by_rank, step)]
+    if (dtype := _average_dtype(chunk, by_rank, step)) is None:
+        gradients = gradient_parts(chunk, by_rank, step)
+        return gradients[0].tensor if gradients else None
+    total = torch.empty(chunk.shape, dtype=dtype) if into is None else into.tensor
+    gradients = gradient_parts(chunk, by_rank, step)
     if not gradients:
-        return torch.zeros(chunk.shape, dtype=chunk.dtype) if any(c.has(chunk, step) for c in by_rank) else None
+        return total.zero_()
+    total.copy_(gradients[0].tensor)
+    for gradient in gradients[1:]:
+        total += gradient.tensor
+    if len(by_rank) > 1 and by_rank[0].terms.reduction == "mean":
+        total /= len(by_rank)
+    return total if dtype == chunk.dtype else total.to(chunk.dtype)
+
+
+def new_average(chunk: Chunk, by_rank: Sequence[Contributions], step: int) -> Part | None:
+    """A part to pass to `average`, which gives it its content; None where that needs none.
+
+    Memory of the tier, which is used again and again: torch's own would come in fresh pages for each chunk.
+    """
+    dtype = _average_dtype(chunk, by_rank, step)
+    return None if dtype is None else chunk.new_part("gradient-average", dtype)
+
+
+def _average_dtype(chunk: Chunk, by_rank: Sequence[Contributions], step: int) -> torch.dtype | None:
+    """In which an average is computed; None if there is none, or it is an accumulator."""
+    parts = gradient_parts(chunk, by_rank, step)
+    if not parts:
+        return chunk.dtype if any(c.has(chunk, step) for c in by_rank) else None
     if len(by_rank) == 1:
-        total = gradients[0]
-    else:
-        total = gradients[0].to(chunk.accumulation_dtype, copy=True)
-        for gradient in gradients[1:]:
-            total += gradient
-        if by_rank[0].terms.reduction == "mean":
-            total /= len(by_rank)
-    return total if total.dtype == chunk.dtype else total.to(chunk.dtype)
+        return None if parts[0].dtype == chunk.dtype else chunk.dtype
+    return chunk.accumulation_dtype
 
 
 def gradient_parts(chunk: Chunk, by_rank: Sequence[Contributions], step: int) -> list[Part]:
@@ -415,13 +435,3 @@ def touched_rows(chunk: Chunk, by_rank: Sequence[Contributions], step: int) -> t
     touched = [contributions.touches(chunk, step) for contributions in by_rank]
     masks = [rows for rows in touched if rows is not None]
     return torch.stack(masks).any(dim=0).nonzero().view(-1) if len(masks) == len(touched) else None
-
-
-def average_bytes(chunk: Chunk, by_rank: Sequence[Contributions], step: int) -> int:
-    """What `average` allocates."""
-    parts = gradient_parts(chunk, by_rank, step)
-    if not parts:
-        return chunk.num_bytes() if any(c.has(chunk, step) for c in by_rank) else 0
-    if len(by_rank) == 1 and parts[0].dtype == chunk.dtype:
-        return 0
-    return chunk.num_bytes(chunk.accumulation_dtype)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from ps.chunk import Chunk
-from ps.contributions import Contributions, average, average_bytes, gradient_parts
+from ps.contributions import Contributions, average, gradient_parts, new_average
 from ps.errors import Conflict, InvalidRequest
 from ps.gradient_edits import GradientEdit, by_parameter, check_edits
 from ps.monitor import Monitor, Patience
@@ -150,14 +150,15 @@ def _norm(
     patience: Patience,
 ) -> float:
     parts = gradient_parts(chunk, contributions, step)
-    average_alone = average_bytes(chunk, contributions, step)
-    scratch = max(average_alone, chunk.num_bytes() if edits else 0)
+    into = new_average(chunk, contributions, step)
+    fresh = () if into is None else (into,)
+    scratch = chunk.num_bytes() if edits and into is None else 0
     what = f"the norm of the gradient of {chunk.label}"
-    with chunk.tier.lease(parts, scratch_bytes=scratch, what=what, patience=patience), chunk.lock:
-        gradient = average(chunk, contributions, step)
+    with chunk.tier.lease(parts, fresh, scratch_bytes=scratch, what=what, patience=patience), chunk.lock:
+        gradient = average(chunk, contributions, step, into)
         if gradient is None:
             return 0.0
-        if edits and not average_alone:
+        if edits and into is None:
             # It is what the trainer sent, which the update edits once more.
             gradient = gradient.clone()
         for edit in edits:

@@ -10,7 +10,7 @@ have changed is written: see `ps/tier`.
 import logging
 import queue
 import threading
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 
 import torch
@@ -167,11 +167,12 @@ class Updater:
         ]
         averaged = _averaged(step.shard, optimizer, batch)
         leased: Collection[Part] = ()
+        averages: Mapping[Chunk, Part] = {}
         with ExitStack() as held:
             if step.shard.tier.limited and (with_gradient or averaged):
                 needed = of_update(with_gradient, optimizer, by_rank, step.edits, step.step)
-                needed.add_averages(chunk for chunk in averaged if chunk not in with_gradient)
-                leased = set(needed.fresh)
+                needed.add_weight_averages(chunk for chunk in averaged if chunk not in with_gradient)
+                leased, averages = set(needed.fresh), needed.averages
                 what = f"the update of {batch[0].label}"
                 held.enter_context(
                     step.shard.tier.lease(needed.read, needed.fresh, scratch_bytes=needed.scratch_bytes, what=what)
@@ -186,7 +187,7 @@ class Updater:
             stepped: list[tuple[Chunk, torch.Tensor]] = []
             rows: dict[Chunk, torch.Tensor] = {}
             for chunk in with_gradient:
-                gradient = average(chunk, by_rank, step.step)
+                gradient = average(chunk, by_rank, step.step, averages.get(chunk))
                 assert gradient is not None
                 for edit in step.edits.get(chunk.parameter, ()):
                     edit.apply(gradient)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from ps.averages import average_part
 from ps.chunk import Chunk
-from ps.contributions import Contributions, average_bytes, gradient_parts, touched_rows
+from ps.contributions import Contributions, gradient_parts, new_average, touched_rows
 from ps.operands import SomeRows
 from ps.optimizer import ChunkOptimizer
 from ps.shard import Shard
@@ -25,14 +25,16 @@ class WorkingSet:
     """The parts of an update: those that it reads, those that it fills, and bytes that it allocates besides.
 
     wide: accumulators that it edits and that are too narrow for that, by session and chunk.
+    averages: where those of gradients go.
     """
 
     read: list[Part] = field(default_factory=list)
     fresh: list[Part] = field(default_factory=list)
     scratch_bytes: int = 0
     wide: list[tuple[Contributions, Chunk, Part]] = field(default_factory=list)
+    averages: dict[Chunk, Part] = field(default_factory=dict)
 
-    def add_averages(self, chunks: Iterable[Chunk]) -> None:
+    def add_weight_averages(self, chunks: Iterable[Chunk]) -> None:
         """What the averages of weights take of chunks that are not updated."""
         for chunk in chunks:
             self.read.append(chunk.weight)
@@ -61,7 +63,9 @@ def of_update(
         if len(by_rank) == 1 and chunk.parameter in edited and (wide := by_rank[0].new_wide(chunk, step)) is not None:
             found.fresh.append(wide)
             found.wide.append((by_rank[0], chunk, wide))
-        found.scratch_bytes += average_bytes(chunk, by_rank, step)
+        if (into := new_average(chunk, by_rank, step)) is not None:
+            found.fresh.append(into)
+            found.averages[chunk] = into
         if (rows := touched_rows(chunk, by_rank, step)) is not None:
             copies = _ROW_COPIES + sum(array.per_element for array in optimizer.arrays.values())
             found.scratch_bytes += copies * SomeRows.num_elements(chunk, len(rows)) * chunk.dtype.itemsize
