@@ -22,6 +22,11 @@ WRITE_THREADS = 6
 AHEAD_BYTES = 256 << 20
 """The most that is read before it is used: enough to keep a disk busy, whatever memory there is."""
 
+_SPARE_SHARE, _SPARE_BYTES = 1 / 12, 64 << 20
+"""Of the limit, and at most: what parts that nobody uses leave free. Who needs room then seldom waits for the disk, and
+buffers of one size need not be given back for each of another size, whose fresh pages would cost more than what is
+done with them."""
+
 
 class Room:
     """`limit_bytes` of memory.
@@ -32,6 +37,8 @@ class Room:
 
     def __init__(self, limit_bytes: int, policy: Policy, monitor: Monitor) -> None:
         self.limit_bytes = limit_bytes
+        # What idle parts may fill.
+        self._fill_bytes = limit_bytes - min(int(limit_bytes * _SPARE_SHARE), _SPARE_BYTES)
         self.used_bytes = 0
         self.leaving_bytes = 0
         self.peak_bytes = 0
@@ -65,6 +72,7 @@ class Room:
         Raises StorageFailed if what should leave cannot be written, and Timeout.
         """
         if not self._wanted and self.used_bytes + size <= self.limit_bytes:
+            self._evict(size)
             return
         ticket = object()
         self._wanted[ticket] = size
@@ -174,12 +182,12 @@ class Room:
             self.spilled_bytes += part.size
 
     def _evict(self, ahead_bytes: int = 0, later_than: float | None = None) -> bool:
-        """Lets parts leave until everything that waits has room. Returns whether that will do.
+        """Lets parts leave until everything that waits has room, and some is spare. Returns whether that will do.
 
         ahead_bytes, later_than: and this much besides, in place of what is used later than that.
         """
         wanted = sum(self._wanted.values()) + ahead_bytes
-        while self.used_bytes - self.leaving_bytes + wanted > self.limit_bytes:
+        while self.used_bytes - self.leaving_bytes + wanted > self._fill_bytes:
             part = self._last()
             if part is None or (later_than is not None and part.next_use <= later_than):
                 return False
@@ -223,9 +231,9 @@ class Room:
         while self._ahead and not self._wanted:
             part = next(iter(self._ahead))
             if self._may_load(part):
-                if self.used_bytes + part.size > self.limit_bytes:
+                if self.used_bytes + part.size > self._fill_bytes:
                     self._make_way()
-                if self.used_bytes + part.size > self.limit_bytes:
+                if self.used_bytes + part.size > self._fill_bytes:
                     if self.leaving_bytes:
                         return
                 else:
@@ -239,7 +247,7 @@ class Room:
         size = 0
         for part, rank in self._ahead.items():
             size += part.size
-            if size > min(self.limit_bytes // 2, AHEAD_BYTES) or not self._evict(size, rank):
+            if size > min(self.limit_bytes // 4, AHEAD_BYTES) or not self._evict(size, rank):
                 return
 
     @staticmethod

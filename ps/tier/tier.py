@@ -72,7 +72,7 @@ class Tier:
     @property
     def ahead_limit_bytes(self) -> int:
         """How much is worth asking for before it is used."""
-        return min((self.limit_bytes or 0) // 2, AHEAD_BYTES)
+        return min((self.limit_bytes or 0) // 4, AHEAD_BYTES)
 
     @property
     def resident_bytes(self) -> int:

@@ -5,7 +5,7 @@ import random
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -34,6 +34,13 @@ def fill(tier: Tier, part: Part, value: float) -> None:
     with tier.lease(fresh=[part]):
         part.tensor.fill_(value)
         part.changed()
+
+
+def wait_until(ready: Callable[[], bool], what: str) -> None:
+    end = time.monotonic() + 10
+    while not ready():
+        assert time.monotonic() < end, f"waited in vain for {what}"
+        time.sleep(0.01)
 
 
 def check(tier: Tier, part: Part, value: float) -> None:
@@ -249,15 +256,23 @@ def test_what_is_read_ahead_pushes_out_nothing_that_is_needed_sooner(area: Area)
         fill(tier, part, place)
     tier.save(parts)
     tier.ahead(parts)
-    deadline = time.monotonic() + 10
-    while not all(part.buffer is not None and part.busy is None for part in parts[:8]):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_until(lambda: all(part.buffer is not None and part.busy is None for part in parts[:7]), "parts to be read")
     read = tier.bytes_read
     tier.ahead(parts)
     time.sleep(0.1)
     assert tier.bytes_read == read
-    assert [part.buffer is not None for part in parts] == [True] * 8 + [False] * 8
+    assert [part.buffer is not None for part in parts] == [True] * 7 + [False] * 9
+    tier.close()
+
+
+def test_some_memory_is_kept_free_of_parts_that_nobody_uses(area: Area) -> None:
+    tier = Tier(24 * SIZE)
+    for number, part in enumerate(make_parts(area, 40)):
+        fill(tier, part, number)
+    wait_until(lambda: tier.resident_bytes <= 22 * SIZE, "parts to leave")
+    # Who works with parts may have all of it.
+    with tier.lease(fresh=make_parts(area, 18)):
+        assert tier.resident_bytes >= 18 * SIZE
     tier.close()
 
 
