@@ -12,8 +12,8 @@ TCP. grpc: messages over the connection that carries control; the one that alway
 
 def parse_kinds(kinds: Iterable[str]) -> tuple[str, ...]:
     """The kinds named, the best first. Raises ValueError for one that does not exist, and for none."""
-    named = set(kinds)
-    if unknown := sorted(named - set(KINDS)):
+    named = {kind.strip() if isinstance(kind, str) else kind for kind in kinds}
+    if unknown := sorted(named - set(KINDS), key=str):
         raise ValueError(f"{unknown[0]!r} is no kind of link; name one or more of {', '.join(KINDS)}")
     if not named:
         raise ValueError(f"no kind of link is named; name one or more of {', '.join(KINDS)}")

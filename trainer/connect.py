@@ -60,7 +60,9 @@ def connect(
         raise ConfigError(str(error)) from None
     try:
         kinds = KINDS if links is None else parse_kinds([links] if isinstance(links, str) else links)
-    except (TypeError, ValueError) as error:
+    except TypeError:
+        raise ConfigError(f"links has to be a list of kinds, of {', '.join(KINDS)}, not {links!r}") from None
+    except ValueError as error:
         raise ConfigError(f"links={links!r}: {error}") from None
     try:
         credentials = Credentials.from_environment() if credentials is None else credentials

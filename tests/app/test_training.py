@@ -43,7 +43,7 @@ def steps_of(log: Path) -> list[dict[str, Any]]:
 def test_two_trainers_train_and_report(cluster: LocalCluster, job_name: str, tmp_path: Path) -> None:
     log, path = tmp_path / "log.jsonl", tmp_path / "deep" / "summary.json"
     flags = ["--job", job_name, "--steps", "12", "--lr", "0.01", "--step-log", str(log), "--summary", str(path)]
-    said = run(cluster, 2, *flags, "--clip", "1.0")
+    said = run(cluster, 2, *flags, "--clip", "1.0", "--links", "gloo,grpc")
     summary = json.loads(path.read_text())
     assert summary["steps"] == 12
     assert summary["first_loss"] == pytest.approx(math.log(256), abs=1), "about a uniform guess"
@@ -56,6 +56,7 @@ def test_two_trainers_train_and_report(cluster: LocalCluster, job_name: str, tmp
     assert summary["bytes_pushed"] >= 12 * 2 * 4 * summary["parameters"]
     assert sum(line["bytes_pushed"] for line in steps_of(log)) <= summary["bytes_pushed"]
     assert "committed step 12" in said[0]
+    assert "gloo (shm: the trainer does not allow it (links of trainer.connect)" in said[0]
     assert "step" not in said[1], "only rank 0 reports"
 
 

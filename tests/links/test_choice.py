@@ -44,6 +44,24 @@ def test_kinds_that_do_not_exist_are_refused(text: str) -> None:
         parse_kinds(text.split(",") if text else ())
 
 
+@pytest.mark.parametrize(
+    ("links", "message"),
+    [
+        (["tcp"], r"links=\['tcp'\]: 'tcp' is no kind of link; name one or more of shm, nccl, gloo, grpc"),
+        ([1], "1 is no kind of link"),
+        ([], "no kind of link is named"),
+        (3, "links has to be a list of kinds, of shm, nccl, gloo, grpc, not 3"),
+    ],
+)
+def test_links_that_cannot_be_are_refused_before_anybody_is_asked(links: object, message: str) -> None:
+    with pytest.raises(trainer.ConfigError, match=message):
+        trainer.connect("127.0.0.1:1", links=links)
+
+
+def test_kinds_may_stand_apart() -> None:
+    assert parse_kinds(["grpc", " shm"]) == ("shm", "grpc")
+
+
 def test_the_trainer_and_the_status_say_which_link_is_in_use_and_why(cluster: LocalCluster, job_name: str) -> None:
     with trainer.connect(cluster.addresses, job=job_name, links=["grpc"]) as job:
         assert [link.kind for link in job.links] == ["grpc", "grpc"]

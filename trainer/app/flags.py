@@ -29,6 +29,7 @@ class Settings:
     device: str
     seed: int
     commit_every: int
+    links: list[str] | None
     connect_timeout: float
     recover_timeout: float
     credentials: trainer.Credentials
@@ -67,6 +68,7 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
         device=flags.device,
         seed=flags.seed,
         commit_every=flags.commit_every,
+        links=flags.links,
         connect_timeout=flags.connect_timeout,
         recover_timeout=flags.recover_timeout,
         credentials=credentials,
@@ -108,6 +110,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--servers", required=True, metavar="HOST:PORT,...", help="every server of the set, in any order")
     add("--job", default="gpt", help="the job's name on the servers")
     add("--commit-every", type=_count, default=50, metavar="STEPS", help="0: only at the end")
+    add(
+        "--links",
+        type=_names,
+        default=None,
+        metavar="KIND,...",
+        help="kinds of link that may be used, such as gloo,grpc; none: all. Each server gets the best one that works",
+    )
     add("--connect-timeout", type=_positive, default=20.0, metavar="SECONDS", help="for servers and trainers")
     add(
         "--recover-timeout",
@@ -188,6 +197,10 @@ def _size(text: str) -> int:
         return parse_bytes(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _names(text: str) -> list[str]:
+    return text.split(",")
 
 
 def _seconds(text: str) -> float:

@@ -41,6 +41,7 @@ def train(settings: Settings) -> int:
     with trainer.connect(
         settings.servers,
         job=settings.job,
+        links=settings.links,
         credentials=settings.credentials,
         connect_timeout=settings.connect_timeout,
     ) as job:
