@@ -116,7 +116,7 @@ def test_servers_end_when_their_parent_is_killed(fork: bool) -> None:
         assert all(server.is_running() for server in servers)
         parent.kill()
         parent.wait()
-        _, alive = psutil.wait_procs(servers, timeout=8)
+        _, alive = psutil.wait_procs(servers, timeout=30)
         assert not alive
     finally:
         parent.stdout.close()
@@ -144,20 +144,24 @@ def test_sigterm_lets_a_call_finish_and_a_second_one_does_not() -> None:
         client = Client(cluster.addresses[0], world_size=2, group=1)
         process = psutil.Process(cluster.pid(0))
         call = client.stub.Barrier.future(pb.BarrierRequest(session_id=client.session_id, tag="t", timeout_seconds=1.5))
-        time.sleep(0.3)
+        client.call("Heartbeat")  # The server has the call before it.
         process.send_signal(signal.SIGTERM)
         assert call.exception().code() == grpc.StatusCode.DEADLINE_EXCEEDED, "it got its own answer"
-        process.wait(5)
+        process.wait(30)
         cluster.restart(0)
         client = Client(cluster.addresses[0], world_size=2, group=1)
         process = psutil.Process(cluster.pid(0))
         call = client.stub.Barrier.future(pb.BarrierRequest(session_id=client.session_id, tag="t", timeout_seconds=60))
-        time.sleep(0.3)
+        client.call("Heartbeat")
+        known, deadline = cluster.log(0).count("stops"), time.monotonic() + 20
         process.send_signal(signal.SIGTERM)
-        time.sleep(0.3)
+        while cluster.log(0).count("stops") == known:
+            assert time.monotonic() < deadline, "the server does not hear of the signal"
+            time.sleep(0.01)
         assert process.is_running()
         process.send_signal(signal.SIGTERM)
-        process.wait(1)
+        # The call would wait for a minute.
+        process.wait(30)
 
 
 def test_health_and_reflection_are_served(cluster: LocalCluster) -> None:

@@ -82,6 +82,7 @@ def steps(
     wait: str = "",
     stall: int = -1,
     stall_seconds: float = 600.0,
+    stall_until: str = "",
     grow: bool = False,
     pause: float = 0.05,
     port: int = 0,
@@ -90,7 +91,8 @@ def steps(
     """Trains and recovers, whatever happens, until the job has made so many steps.
 
     notes: a folder, in which a file named for RANK gets a line for what this trainer does.
-    wait: before it connects, for a note with this name. stall: the step in which it hangs once, before it is made.
+    wait: before it connects, for a note with this name. stall: the step in which it hangs once, before it is made,
+        for stall_seconds or until there is a note with the name stall_until.
     grow: not `until` ends it, but the third step with two trainers after there was one.
     port: for group mode, where the process group is formed; 0 for direct mode. There it stalls within a forward, or,
         where steps are announced, when a chunk has moved on.
@@ -110,7 +112,10 @@ def steps(
         nonlocal stall
         stall = -1
         note("stalled")
-        time.sleep(stall_seconds)
+        if stall_until:
+            Notes(Path(notes), stall_until).wait_for("go")
+        else:
+            time.sleep(stall_seconds)
 
     with trainer.connect(addresses, job=job, elastic=elastic, timeout=60, connect_timeout=60) as connection:
         config = trainer.OffloadConfig(mode="group", param_persistence_threshold=0) if port else None

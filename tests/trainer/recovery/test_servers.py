@@ -24,11 +24,12 @@ from tests.trainer.recovery.programs import Plain, adamw
 from tests.trainer.runs import gathered_values
 
 STEPS = 6
+LEASE = 3.0
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[LocalCluster]:
-    with LocalCluster(servers=2, lease=1) as cluster:
+    with LocalCluster(servers=2, lease=LEASE) as cluster:
         yield cluster
 
 
@@ -125,14 +126,14 @@ def test_a_server_that_is_stopped_for_longer_than_leases_and_pings_goes_on_from_
     cluster: LocalCluster, job_name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The product waits for 12 s.
-    sooner = {"grpc.keepalive_time_ms": 500, "grpc.keepalive_timeout_ms": 1000}
+    sooner = {"grpc.keepalive_time_ms": 500, "grpc.keepalive_timeout_ms": 2000}
     monkeypatch.setattr(trainer.server, "_OPTIONS", list({**dict(trainer.server._OPTIONS), **sooner}.items()))
     goes_on: list[threading.Timer] = []
 
     def stop() -> None:
         pid = cluster.pid(1)
         os.kill(pid, signal.SIGSTOP)
-        goes_on.append(threading.Timer(4.0, os.kill, (pid, signal.SIGCONT)))
+        goes_on.append(threading.Timer(LEASE + 3.0, os.kill, (pid, signal.SIGCONT)))
         goes_on[0].start()
 
     try:
@@ -146,7 +147,7 @@ def test_a_server_that_is_stopped_for_longer_than_leases_and_pings_goes_on_from_
 
 def test_servers_with_little_memory_are_recovered_too(tmp_path: Path) -> None:
     make = functools.partial(Residual, width=128, layers=4)
-    with LocalCluster(servers=2, lease=1, memory="3MiB", data_dir=tmp_path) as cluster:
+    with LocalCluster(servers=2, lease=LEASE, memory="3MiB", data_dir=tmp_path) as cluster:
         run = Disturbed(cluster, "job", "backward", lambda: restart(cluster, [1]), make)
         assert run.rewinds == [2]
         for address in cluster.addresses:
