@@ -16,10 +16,13 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import FileStore
 
-from protos.pair import PARCEL_BYTES
+from protos.layout import CHUNK_BYTES
 
-_DEPTH = 3
-"""Parcels on their way at once, as in the link."""
+_PARCEL_BYTES = CHUNK_BYTES
+"""As the link moves the parameters that it is compared with."""
+
+_DEPTH = (32 << 20) // _PARCEL_BYTES
+"""Parcels on their way at once: two parameters, as of the link."""
 
 
 @dataclass(frozen=True)
@@ -79,10 +82,16 @@ def _receive(group: "dist.ProcessGroupGloo", other: int, data: torch.Tensor) -> 
     return group.recv([data], other, 1)  # type: ignore[attr-defined, no-any-return]
 
 
+@functools.cache
+def _memory() -> list[torch.Tensor]:
+    """Used again by every move, as the link's: pages that nobody had yet take longer than to fill them."""
+    return [torch.ones(_PARCEL_BYTES, dtype=torch.uint8) for _ in range(_DEPTH)]
+
+
 def _all(nbytes: int, move: Callable[[torch.Tensor], dist.Work]) -> None:
-    memory = [torch.ones(PARCEL_BYTES, dtype=torch.uint8) for _ in range(_DEPTH)]
+    memory = _memory()
     under_way: deque[dist.Work] = deque()
-    for number in range(nbytes // PARCEL_BYTES):
+    for number in range(nbytes // _PARCEL_BYTES):
         if len(under_way) == _DEPTH:
             under_way.popleft().wait()
         under_way.append(move(memory[number % _DEPTH]))

@@ -1,13 +1,13 @@
 """The links between hosts: a pair of the server and one trainer moves what is large, and messages the rest."""
 
 import contextlib
-import queue
 import re
 import threading
 import time
 from abc import abstractmethod
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
+from dataclasses import dataclass
 
 import torch
 
@@ -17,108 +17,99 @@ from protos.pair import DEPTH, Exchange, Pair, Work
 from ps.errors import Cancelled, InvalidRequest, ServerError, Timeout
 from ps.links.base import Block, Claim, Link, LinkKind, LinkRefused
 from ps.links.grpc import messages
+from ps.links.leaving import Leaving
 from ps.tier import Lent
 
 _TOKEN = re.compile(r"[0-9a-f]{32}")
+_TOGETHER_SECONDS = 0.001
+"""Parcels that are ready within this time share a message: to say so of each takes both ends longer than to send it.
+Those behind one that took longer, as what has to be converted does, are not waited for."""
+
 _UNCLAIMED_SECONDS = 30.0
 _MAX_UNCLAIMED = 256
 
 
-class PairLink(Link):
-    """Sends what is large as parcels, from where it is if it stays there, and the rest in messages.
+@dataclass(frozen=True)
+class _Parcel:
+    """Bytes that are about to be sent. lent: what they are of, if they are not the parcel's own."""
 
-    A thread waits for what was sent, so that nothing is lent for longer than it takes, whatever is asked for next.
-    """
+    data: torch.Tensor
+    lent: Lent | None
+
+    @property
+    def size(self) -> int:
+        return self.data.numel()
+
+
+class PairLink(Link):
+    """Sends what is large as parcels, from where it is if it stays there, and the rest in messages."""
 
     def __init__(self, kind: str, pair: Pair) -> None:
         self.kind = kind
         self._pair: Pair | None = pair
         self._tag = 0
-        self._room = threading.Semaphore(DEPTH)
-        # With what is lent until it has left; None behind the last.
-        self._leaving: queue.SimpleQueue[tuple[Work, Lent | None] | None] = queue.SimpleQueue()
-        self._waiter: threading.Thread | None = None
-        # Of `_pair` and `_leaving`: nothing comes behind the last.
-        self._lock = threading.Lock()
+        self._leaving = Leaving(kind, self._wait_quietly)
 
     def answer(self, request_id: int, blocks: Iterable[Block | None]) -> Iterator[tuple[bytes | pb.PullResponse, int]]:
         small: list[Block] = []
+        ready: deque[_Parcel] = deque()
+        ready_since = 0.0
         sent = False
-        for block in blocks:
-            large = block is not None and block.num_bytes >= pair.SMALL_BYTES
-            # What came before goes before.
-            if small and (block is None or large):
-                yield from messages(request_id, small)
-                small, sent = [], True
-            if block is None:
-                continue
-            if not large:
-                small.append(block)
-                continue
-            yield from self._send_block(request_id, block)
-            sent = True
-        if small or not sent:
-            yield from messages(request_id, small)
-
-    def _send_block(self, request_id: int, block: Block) -> Iterator[tuple[pb.PullResponse, int]]:
-        lent = block.lend(None)
         try:
-            for start in range(0, block.num_bytes, pair.PARCEL_BYTES):
-                stop = min(start + pair.PARCEL_BYTES, block.num_bytes)
-                if lent is None:
-                    data = torch.frombuffer(block.read(start, stop), dtype=torch.uint8)
-                else:
-                    data = lent.tensor.view(-1).view(torch.uint8)[block.start + start : block.start + stop]
-                yield from self._send(request_id, data, lent)
+            for block in blocks:
+                large = block is not None and block.num_bytes >= pair.SMALL_BYTES
+                # What came before goes before.
+                if small and (block is None or large):
+                    yield from messages(request_id, small)
+                    small, sent = [], True
+                if ready and not large:
+                    yield from self._send(request_id, ready)
+                    sent = True
+                if block is None:
+                    continue
+                if not large:
+                    small.append(block)
+                    continue
+                for parcel in _parcels(block):
+                    full = not self._leaving.has_room(parcel.size, parcel.lent)
+                    if ready and (full or time.monotonic() - ready_since > _TOGETHER_SECONDS):
+                        yield from self._send(request_id, ready)
+                        sent = True
+                    self._leaving.take_room(parcel.size, parcel.lent)
+                    if parcel.lent is not None:
+                        parcel.lent.lend()
+                    ready_since = ready_since if ready else time.monotonic()
+                    ready.append(parcel)
+            if ready:
+                yield from self._send(request_id, ready)
+            elif small or not sent:
+                yield from messages(request_id, small)
         finally:
-            if lent is not None:
-                lent.give_back()
+            for parcel in ready:
+                if parcel.lent is not None:
+                    parcel.lent.give_back()
+                self._leaving.give_room(parcel.size)
 
-    def _send(self, request_id: int, data: torch.Tensor, lent: Lent | None) -> Iterator[tuple[pb.PullResponse, int]]:
-        """Sends a parcel, and says so. lent: what it is of, if it is not the parcel's own."""
-        if not self._room.acquire(timeout=pair.MOVE_SECONDS):
-            raise Timeout(f"the trainer did not take a parcel of the {self.kind} link within {pair.MOVE_SECONDS:g} s")
-        self._tag = pair.next_tag(self._tag)
-        size = data.numel()
-        announced = pb.PullResponse(request_id=request_id, parcels=[pb.Parcel(tag=self._tag, size=size)]), size
+    def _send(self, request_id: int, ready: deque[_Parcel]) -> Iterator[tuple[pb.PullResponse, int]]:
+        """Sends parcels, and says so; nothing is ready then."""
+        announced = pb.PullResponse(request_id=request_id)
+        for parcel in ready:
+            self._tag = pair.next_tag(self._tag)
+            announced.parcels.add(tag=self._tag, size=parcel.size)
+        size = sum(parcel.size for parcel in ready)
         leaves_by = self._open_pair()
         if leaves_by.device is not None:
             # A device that sends already may keep this process from saying so.
-            yield announced
-        with self._breaks():
-            work = leaves_by.send(data, self._tag)
-        if lent is not None:
-            lent.lend()
-        self._until_left(work, lent)
-        del work
+            yield announced, size
+        for said in announced.parcels:
+            with self._breaks():
+                work = leaves_by.send(ready[0].data, said.tag)
+            self._leaving.add(work, said.size, ready.popleft().lent)
+        # The last ones would stay for as long as what follows takes.
+        del work, parcel
         if leaves_by.device is None:
             # What the trainer hears of is on its way then.
-            yield announced
-
-    def _until_left(self, work: Work, lent: Lent | None) -> None:
-        """Has somebody wait for a parcel, and give back what it is of."""
-        with self._lock:
-            if self._pair is not None:
-                self._leaving.put((work, lent))
-                if self._waiter is None:
-                    self._waiter = threading.Thread(target=self._wait_for_all, name=f"{self.kind} sent", daemon=True)
-                    self._waiter.start()
-                return
-        self._wait_and_give_back(work, lent)
-
-    def _wait_for_all(self) -> None:
-        while (leaving := self._leaving.get()) is not None:
-            self._wait_and_give_back(*leaving)
-            # A local of an idle thread would keep what was sent last.
-            del leaving
-
-    def _wait_and_give_back(self, work: Work, lent: Lent | None) -> None:
-        # Whoever sends next is told what is wrong, and the trainer finds out itself.
-        with contextlib.suppress(ServerError):
-            self._wait(work)
-        if lent is not None:
-            lent.give_back()
-        self._room.release()
+            yield announced, size
 
     def received(self, header: pb.PushHeader, claim: Claim) -> Generator[memoryview | int, None, None]:
         _check_sizes(header)
@@ -156,6 +147,11 @@ class PairLink(Link):
         with self._breaks():
             work.wait()
 
+    def _wait_quietly(self, work: Work) -> None:
+        # Whoever sends next is told what is wrong, and the trainer finds out itself.
+        with contextlib.suppress(ServerError):
+            self._wait(work)
+
     @contextlib.contextmanager
     def _breaks(self) -> Iterator[None]:
         """What fails leaves nothing under way that could touch memory later."""
@@ -173,11 +169,26 @@ class PairLink(Link):
 
     def close(self) -> None:
         # What waits for the other end holds the pair, and hears of its end when the trainer is gone.
-        with self._lock:
-            left, self._pair = self._pair, None
-            self._leaving.put(None)
+        left, self._pair = self._pair, None
         if left is not None:
             left.leave()
+        self._leaving.close()
+
+
+def _parcels(block: Block) -> Iterator[_Parcel]:
+    """A block where it is, if it can be lent, which is until the next parcel is asked for; copies of it otherwise."""
+    lent = block.lend(None)
+    try:
+        for start in range(0, block.num_bytes, pair.PARCEL_BYTES):
+            stop = min(start + pair.PARCEL_BYTES, block.num_bytes)
+            if lent is None:
+                yield _Parcel(torch.frombuffer(block.read(start, stop), dtype=torch.uint8), None)
+            else:
+                bytes_of = lent.tensor.view(-1).view(torch.uint8)
+                yield _Parcel(bytes_of[block.start + start : block.start + stop], lent)
+    finally:
+        if lent is not None:
+            lent.give_back()
 
 
 def _check_sizes(header: pb.PushHeader) -> None:

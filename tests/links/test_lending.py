@@ -1,6 +1,7 @@
 """A pair's server end sends chunks from where they are, and nothing stays lent."""
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from protos import zero_ps_pb2 as pb
 from protos.pair import DEPTH, PARCEL_BYTES, Pair
 from protos.segment import Arena
-from ps.errors import Timeout
+from ps.errors import Timeout, VersionGone
 from ps.links import Block
 from ps.links.pair import PairLink
 from ps.tier import Part
@@ -143,13 +144,20 @@ def test_a_link_that_ends_leaves_nothing_lent(link: PairLink, pair: _Pair, end: 
 
 
 def test_a_stream_that_ends_in_the_middle_leaves_nothing_lent(link: PairLink, pair: _Pair) -> None:
-    part = _part()
-    answer = link.answer(1, [_block(part)])
+    parts = [_part(), _part()]
+
+    def blocks() -> Iterator[Block]:
+        for part in parts:
+            yield _block(part)
+            time.sleep(0.01)
+
+    answer = link.answer(1, blocks())
     next(answer)
     answer.close()  # type: ignore[attr-defined]
-    assert len(pair.parcels) == 1
-    pair.parcels[0].arrived.set()
-    wait_until(lambda: _readers(part) == 0, "it is given back")
+    assert _readers(parts[1]) == 0
+    for parcel in pair.parcels:
+        parcel.arrived.set()
+    wait_until(lambda: _readers(parts[0]) == 0, "it is given back")
 
 
 def test_a_pair_that_cannot_send_leaves_nothing_lent(
@@ -182,25 +190,76 @@ def test_a_parcel_that_is_sent_while_the_link_is_closed_is_given_back(link: Pair
     assert _readers(part) == 0
 
 
-def test_no_more_parcels_are_under_way_than_there_is_depth_for(link: PairLink, pair: _Pair) -> None:
-    parts = [_part() for _ in range(3)]
-    sending = threading.Thread(target=lambda: _parcels(link.answer(1, map(_block, parts))))
-    sending.start()
-    wait_until(lambda: len(pair.parcels) == DEPTH, "as many are sent as may be")
-    assert parts[2].lent is None
-    for number in range(6):
-        wait_until(lambda number=number: len(pair.parcels) > number, "the next one is sent")
-        assert len(pair.parcels) <= number + DEPTH
-        pair.parcels[number].arrived.set()
-    sending.join(TIMEOUT)
-    wait_until(lambda: not any(map(_readers, parts)), "all is given back")
+def _copied(size: int) -> Block:
+    """What may leave memory."""
 
-
-def test_what_may_leave_memory_is_copied(link: PairLink, pair: _Pair) -> None:
     def read(start: int, stop: int, head: bytes = b"") -> bytes:
         return b"\7" * (stop - start)
 
-    assert _parcels(link.answer(1, [Block(100_000, read, lambda arena: None)])) == [100_000]
+    return Block(size, read, lambda arena: None)
+
+
+@pytest.mark.parametrize("lent", [False, True])
+def test_no_more_is_under_way_than_there_is_room_for(link: PairLink, pair: _Pair, lent: bool) -> None:
+    room = 64 << 20 if lent else DEPTH * PARCEL_BYTES
+    parts = [_part() for _ in range(10)]
+    blocks = map(_block, parts) if lent else (_copied(part.nbytes) for part in parts)
+    sending = threading.Thread(target=lambda: _parcels(link.answer(1, blocks)))
+    sending.start()
+    left = 0
+    for number in range(20):
+        wait_until(lambda number=number: len(pair.parcels) > number, "the next one is sent")
+        assert sum(parcel.data.numel() for parcel in pair.parcels[left:]) <= room
+        if number >= 3:
+            pair.parcels[left].arrived.set()
+            left += 1
+    for parcel in pair.parcels[left:]:
+        parcel.arrived.set()
+    sending.join(TIMEOUT)
+    assert not sending.is_alive()
+    wait_until(lambda: not any(part.lent and part.lent.readers for part in parts), "all is given back")
+
+
+def test_a_trainer_is_told_in_one_message_of_what_is_ready_at_once(
+    link: PairLink, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ps.links.pair._TOGETHER_SECONDS", 60.0)
+    parts = [Part("w", (100_000,), torch.float32) for _ in range(4)]
+    for part in parts:
+        part.hold(torch.zeros(100_000))
+    ((response, num_bytes),) = link.answer(1, map(_block, parts))
+    assert isinstance(response, pb.PullResponse)
+    assert [parcel.size for parcel in response.parcels] == [400_000] * 4 and num_bytes == 1_600_000
+
+
+def test_a_trainer_is_told_of_what_is_ready_when_the_next_took_longer(link: PairLink) -> None:
+    def blocks() -> Iterator[Block]:
+        yield _copied(100_000)
+        time.sleep(0.01)
+        yield _copied(200_000)
+        time.sleep(0.01)
+        yield _copied(300_000)
+
+    answer = link.answer(1, blocks())
+    assert [num_bytes for _, num_bytes in answer] == [100_000, 200_000, 300_000]
+
+
+def test_an_error_in_the_middle_does_not_disturb_what_comes_next(link: PairLink, pair: _Pair) -> None:
+    part = _part()
+
+    def blocks() -> Iterator[Block]:
+        yield _block(part)
+        raise VersionGone("it was updated")
+
+    with pytest.raises(VersionGone):
+        _parcels(link.answer(1, blocks()))
+    assert _readers(part) == 0 and not pair.parcels
+    announced = [response for response, _ in link.answer(2, [_block(part)])]
+    assert [parcel.tag for response in announced for parcel in response.parcels] == [1, 2]
+
+
+def test_what_may_leave_memory_is_copied(link: PairLink, pair: _Pair) -> None:
+    assert _parcels(link.answer(1, [_copied(100_000)])) == [100_000]
     assert (pair.parcels[0].data == 7).all()
 
 
