@@ -18,6 +18,9 @@ class GlooKind(PairKind):
         super().__init__()
         self._advertise = advertise
 
+    def listening(self) -> pb.ServerLink:
+        return pb.ServerLink(kind=self.kind, address=self._advertise or "")
+
     def _make(self, request: pb.PrepareLinkRequest, exchange: Exchange) -> Pair:
         return gloo_pair.GlooPair(pair.SERVER, self._advertise or request.host, request.token, exchange)
 

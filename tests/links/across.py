@@ -3,6 +3,7 @@
 import time
 from typing import Any
 
+import psutil
 import torch
 
 import trainer
@@ -21,6 +22,14 @@ def train(addresses: list[str], job: str, links: list[str] | None) -> dict[str, 
             optimizer.zero_grad()
         values = gathered_values(model)
         return {"links": [link.kind for link in connection.links], "params": values}
+
+
+def listening(addresses: list[str], job: str, links: list[str]) -> dict[str, Any]:
+    """The link to a server, why it is no better one, and at which addresses this process is connected to others."""
+    with trainer.connect(addresses, job=job, links=links, connect_timeout=60) as connection:
+        (link,) = connection.links
+        peers = {each.raddr.ip for each in psutil.Process().net_connections() if each.raddr}
+        return {"link": link.kind, "not_chosen": dict(link.not_chosen), "peers": peers}
 
 
 def train_until_the_cable_is_cut(addresses: list[str], job: str, links: list[str], timeout: float) -> dict[str, Any]:

@@ -56,4 +56,17 @@ def test_without_a_way_to_the_server_the_link_is_grpc_and_says_why(
     monkeypatch.setattr(gloo_pair, "local_address", fails)
     with trainer.connect(cluster.addresses, job=job_name, links=["gloo", "grpc"]) as job:
         assert all(link.kind == "grpc" for link in job.links)
-        assert "cannot be made: Network is unreachable" in job.links[0].not_chosen["gloo"]
+        assert "no way to the server at '127.0.0.1': Network is unreachable" in job.links[0].not_chosen["gloo"]
+
+
+def test_a_server_says_where_it_is_reached_if_that_is_not_where_calls_go(job_name: str) -> None:
+    with (
+        LocalCluster(1, flags=["--advertise", "localhost"]) as cluster,
+        trainer.connect(cluster.addresses, job=job_name, links=["gloo"]) as job,
+    ):
+        assert {link.kind: link.address for link in job.servers[0].links}["gloo"] == "localhost"
+    with (
+        LocalCluster(1, flags=["--advertise", "no.such.host.invalid"]) as cluster,
+        trainer.connect(cluster.addresses, job=job_name, links=["gloo", "grpc"]) as job,
+    ):
+        assert "no way to the server at 'no.such.host.invalid'" in job.links[0].not_chosen["gloo"]

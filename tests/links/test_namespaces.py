@@ -126,6 +126,31 @@ def test_training_across_hosts_gives_the_bits_of_plain_torch(
         assert torch.equal(result["params"][name], value), name
 
 
+def test_gloo_listens_where_the_server_says_that_it_is_reached(hosts: Hosts, tmp_path: Path, job_name: str) -> None:
+    """--listen is where calls arrive, --advertise where links do: here another address of the same host. One that is
+    no address of it is the reason for another link."""
+    for advertised, port, expected in ((V6, PORT + 1, "gloo"), ("10.213.7.9", PORT + 2, "grpc")):
+        process = hosts.run(
+            hosts.server,
+            *(sys.executable, "-m", "ps", "serve", "--data-dir", str(tmp_path / f"data-{port}"), "--insecure"),
+            *("--listen", f"{V4}:{port}", "--advertise", advertised, "--stop-on-stdin-eof"),
+        )
+        try:
+            trainer = hosts.start(
+                "listening", tmp_path / f"{port}.pt", addresses=[f"{V4}:{port}"], job=job_name, links=["gloo", "grpc"]
+            )
+            output, _ = trainer.communicate(timeout=90)
+            assert trainer.returncode == 0, output
+        finally:
+            said, _ = process.communicate(timeout=60)
+        result = torch.load(tmp_path / f"{port}.pt")
+        assert result["link"] == expected, (result, said)
+        if expected == "gloo":
+            assert V6 in result["peers"]
+        else:
+            assert f"cannot make its end of a gloo link at '{advertised}'" in result["not_chosen"]["gloo"]
+
+
 @pytest.mark.parametrize("link", ["gloo", "grpc"])
 def test_a_cut_cable_is_an_error_on_the_scale_of_a_lease(
     hosts: Hosts, server: None, tmp_path: Path, job_name: str, link: str

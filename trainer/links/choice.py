@@ -76,7 +76,7 @@ def _new_candidate(offered: pb.ServerLink, server: Server, shared: Shared) -> Ca
         case "nccl":
             return NcclCandidate(server)
         case "gloo":
-            return GlooCandidate(server)
+            return GlooCandidate(server, offered.address)
         case "grpc":
             return GrpcCandidate()
     raise LinkUnusable("this version has no such link")
