@@ -89,7 +89,7 @@ class OffloadConfig:
             "max_inflight_push_bytes",
         ):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 0:
+            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
                 raise ConfigError(f"OffloadConfig.{name} has to be a whole number of at least 0, not {value!r}")
         limit = self.max_live_bytes
         if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
@@ -98,7 +98,14 @@ class OffloadConfig:
             raise ConfigError(f"OffloadConfig.mode has to be 'auto', 'group' or 'direct', not {self.mode!r}")
         for name in ("leaf_modules", "sparse_rows"):
             chosen = getattr(self, name)
-            for each in () if isinstance(chosen, bool) else chosen:
+            if isinstance(chosen, bool) and name == "sparse_rows":
+                continue
+            if not isinstance(chosen, (tuple, list)):
+                raise ConfigError(
+                    f"OffloadConfig.{name} takes a tuple of classes of modules and names, not {chosen!r}; one of them "
+                    "is a tuple, too: (nn.Embedding,)"
+                )
+            for each in chosen:
                 if not isinstance(each, str) and not (isinstance(each, type) and issubclass(each, nn.Module)):
                     raise ConfigError(f"OffloadConfig.{name} takes classes of modules and names, not {each!r}")
         if self.untouched_rows not in ("step", "keep"):

@@ -66,8 +66,13 @@ class RowLookup:
         self._state.by_rows = False
 
     def _forward(self, input: torch.Tensor) -> torch.Tensor:
-        """As `nn.Embedding.forward`. input: indices of any shape."""
+        """As `nn.Embedding.forward`. input: indices of any shape. Raises RuntimeError, as that does, for what is no
+        index, and IndexError for one that the table does not have."""
         module = self._module
+        if input.dtype not in (torch.int64, torch.int32):
+            raise RuntimeError(
+                f"indices of {self._state.name!r} have to be torch.int64 or torch.int32, not {input.dtype}"
+            )
         numbers, places = torch.unique(input, return_inverse=True)
         numbers = numbers.long()
         if numbers.numel() and not 0 <= int(numbers[0]) <= int(numbers[-1]) < module.num_embeddings:

@@ -172,3 +172,15 @@ def test_an_index_out_of_range_is_an_error(cluster: LocalCluster, job_name: str)
             with pytest.raises(IndexError, match=f"index {wrong} is out of range of 'table.weight'"):
                 model(torch.tensor([0, wrong]))
         assert model(torch.empty(0, dtype=torch.int64)).shape == (0, 3)
+
+
+def test_indices_are_whole_numbers_as_in_torch(cluster: LocalCluster, job_name: str) -> None:
+    with trainer.connect(cluster.addresses, job=job_name) as job:
+        plain = seeded(Tagger)
+        model = trainer.offload(seeded(Tagger), job, trainer.OffloadConfig(sparse_rows=True))
+        for indices in (torch.tensor([0, 3, 3]), torch.tensor([0, 3, 3], dtype=torch.int32)):
+            assert torch.equal(model(indices), plain(indices))
+        for wrong in (torch.tensor([1.5]), torch.tensor([True]), torch.tensor([1], dtype=torch.int16)):
+            for each in (plain, model):
+                with pytest.raises(RuntimeError, match="indices"):
+                    each(wrong)
