@@ -3,7 +3,9 @@
 One trainer, servers on the same machine. Parameters are of 16 MiB in fp32 and travel as they are stored. *Pull*
 asks for them as the coordinator does, 16 MiB at a time of each server, into memory that is used again; it is
 compared with copying the same memory once (`shm`), with a gloo process group that sends and receives parcels of
-the same size (`gloo`), or with a gRPC stream of messages of the same size whose receiver drops them (`grpc`).
+the same size (`gloo`), or with a gRPC stream of messages of the same size whose receiver drops them (`grpc`). That one
+sends the same message, which is in the cache, again and again; so there is another one that cuts its messages from
+memory of the same size and copies them to where they end, as whoever has something to send must.
 *Push* sends a gradient for every parameter and waits until servers have counted them; for `shm` with the copy of
 the gradient to where it leaves from, which a trainer makes with every link. Sides take turns; medians.
 """
@@ -47,7 +49,8 @@ def run(quick: bool) -> list[report.Row]:
     with bare_stream() as stream, bare_pair() as pair:
         rows += _one_server("shm", None, count, rounds)
         rows += _one_server("gloo", pair, count, rounds)
-        rows += _one_server("grpc", stream, count, rounds)
+        with bare_stream((_WINDOW * _NBYTES, count * _NBYTES)) as copying:
+            rows += _one_server("grpc", stream, count, rounds, copying)
     for servers in (2,) if quick else (1, 2, 4):
         for kind in ("shm", "gloo", "grpc"):
             rows.append(aggregate(kind, servers, count, rounds))
@@ -111,18 +114,29 @@ def in_turns(
         side.forget_first()
     rows = []
     for move in moves:
-        name, side, block = move.name, move.side, move.block
-        ratio = side.rate / block.rate
+        name, block = move.name, move.block
+        rate, ratio = move.side.rate, move.side.rate / block.rate
         rows += [
-            report.Row(name, side.rate, "GB/s", move.against, ratio, at_least=move.bar, case=case),
+            report.Row(name, rate, "GB/s", move.against, ratio, at_least=move.bar, case=case),
             report.Row(f"{name}: {move.against}", block.rate, "GB/s", case=case),
-            report.Row(f"{name}: processor time of the trainer", side.cpu(False), "s/GB", case=case),
-            report.Row(f"{name}: processor time of the server", side.cpu(True), "s/GB", case=case),
+            *_processor_time(f"{name}: {move.against}", block, case),
         ]
+    for name, side in {move.name: move.side for move in moves}.items():
+        rows += _processor_time(name, side, case)
     return rows
 
 
-def _one_server(kind: str, bare: BareStream | BarePair | None, count: int, rounds: int) -> list[report.Row]:
+def _processor_time(name: str, side: Side, case: report.Case) -> list[report.Row]:
+    return [
+        report.Row(f"{name}: processor time of the trainer", side.cpu(False), "s/GB", case=case),
+        report.Row(f"{name}: processor time of the server", side.cpu(True), "s/GB", case=case),
+    ]
+
+
+def _one_server(
+    kind: str, bare: BareStream | BarePair | None, count: int, rounds: int, copying: BareStream | None = None
+) -> list[report.Row]:
+    """copying: a second stream that the link is compared with."""
     with LocalCluster(servers=1) as cluster, _Parameters(cluster, kind, count) as parameters:
         nbytes, pids = count * _NBYTES, [cluster.pid(0)]
         pull, push = Side(nbytes, pids, parameters.pull), Side(nbytes, pids, parameters.push)
@@ -136,7 +150,14 @@ def _one_server(kind: str, bare: BareStream | BarePair | None, count: int, round
                 Side(nbytes, [bare.pid], lambda: bare.pull(nbytes)),
                 Side(nbytes, [bare.pid], lambda: bare.push(nbytes)),
             ]
-        moves = (Move("pull", pull, blocks[0], against, bars[0]), Move("push", push, blocks[1], against, bars[1]))
+        moves = [Move("pull", pull, blocks[0], against, bars[0]), Move("push", push, blocks[1], against, bars[1])]
+        if copying is not None:
+            against = "bare gRPC stream from and into memory"
+            blocks = [
+                Side(nbytes, [copying.pid], lambda: copying.pull(nbytes)),
+                Side(nbytes, [copying.pid], lambda: copying.push(nbytes)),
+            ]
+            moves += [Move("pull", pull, blocks[0], against), Move("push", push, blocks[1], against)]
         return in_turns(moves, {"link": kind}, rounds, parameters.zero)
 
 

@@ -61,7 +61,9 @@ def step(rows: Rows) -> Any:
 
 def links(rows: Rows) -> Any:
     """Pulls and pushes of each link, of what their building block does."""
-    found = [row for row in rows if row.name in ("pull", "push") and row.ratio is not None]
+    compared = [row for row in rows if row.name in ("pull", "push") and row.ratio is not None]
+    # Against what has the bar, where there are several.
+    found = list({(row.case["link"], row.name): row for row in reversed(compared)}.values())[::-1]
     if not found:
         return None
     figure, (at,) = _axes(1, 7.0)
