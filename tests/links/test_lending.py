@@ -1,14 +1,17 @@
 """A pair's server end sends chunks from where they are, and nothing stays lent."""
 
+import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
 from protos import zero_ps_pb2 as pb
-from protos.pair import DEPTH, PARCEL_BYTES, Pair
+from protos.gloo_pair import GlooPair
+from protos.pair import DEPTH, PARCEL_BYTES, SERVER, TRAINER, Pair
 from protos.segment import Arena
 from ps.errors import Timeout, VersionGone
 from ps.links import Block
@@ -274,3 +277,47 @@ def test_a_part_is_lent_to_links_that_share_memory_and_to_others(shared_first: b
     assert arena.offset_of(part.tensor) is not None
     assert all((each.tensor == 1).all() for each in lent)
     assert part.lend(None) not in lent
+
+
+@pytest.fixture
+def gloo_pairs() -> list[GlooPair]:
+    """The server's end and the trainer's, both of this process."""
+    addresses: list[queue.SimpleQueue[bytes]] = [queue.SimpleQueue(), queue.SimpleQueue()]
+
+    def make(rank: int) -> GlooPair:
+        def exchange(mine: bytes, receive: Callable[[bytes], None]) -> None:
+            addresses[rank].put(mine)
+            receive(addresses[1 - rank].get(timeout=TIMEOUT))
+
+        return GlooPair(rank, "127.0.0.1", "secret", exchange)
+
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(make, (SERVER, TRAINER)))
+
+
+def test_a_trainer_that_takes_its_time_gets_what_was_lent_to_it(gloo_pairs: list[GlooPair]) -> None:
+    server, trainer = gloo_pairs
+    link, part = PairLink("gloo", server), _part(1.0)
+    said = [parcel for response, _ in link.answer(1, [_block(part)]) for parcel in response.parcels]  # type: ignore[union-attr]
+    part.about_to_change()
+    part.tensor.fill_(2.0)
+    for parcel in said:
+        target = torch.empty(parcel.size, dtype=torch.uint8)
+        trainer.receive(target, parcel.tag).wait()
+        assert (target.view(torch.float32) == 1).all()
+    link.close()
+
+
+@pytest.mark.parametrize("end", ["trainer", "session"])
+def test_nothing_stays_lent_over_gloo_when_a_trainer_leaves_in_the_middle(gloo_pairs: list[GlooPair], end: str) -> None:
+    trainer = gloo_pairs.pop()
+    link, part = PairLink("gloo", gloo_pairs.pop()), _part()
+    said = [parcel for response, _ in link.answer(1, [_block(part)]) for parcel in response.parcels]  # type: ignore[union-attr]
+    trainer.receive(torch.empty(said[0].size, dtype=torch.uint8), said[0].tag).wait()
+    wait_until(lambda: _readers(part) == 1, "the first parcel is given back")
+    if end == "session":
+        link.close()
+    # Its end of the connection is closed, as that of a process that dies is.
+    del trainer
+    wait_until(lambda: _readers(part) == 0, "the second parcel is given back", 10)
+    link.close()
