@@ -103,6 +103,7 @@ class Contributions:
         do so together, but not at the same moment: only those of one epoch belong together.
     stepped: the last step that this session asked for, or -1.
     done: chunks that the session announced to contribute no more to in the next step.
+    zeroes: the announced step that uses gradients up, as if `zero` came right after it, or -1.
     terms: those of the optimizer, `stated` once this session has.
     """
 
@@ -115,6 +116,7 @@ class Contributions:
         self.epoch = 0
         self.stepped = -1
         self.done: frozenset[Chunk] = frozenset()
+        self.zeroes = -1
         self._accumulators: dict[Chunk, _Accumulator] = {}
         # With `max_staleness`: those that updates to come still use while gradients of later steps go to another
         # one, oldest first; and those that are free.
@@ -361,6 +363,10 @@ class Contributions:
             with self._zero_lock:
                 if accumulator.zero_after_update:
                     self._zero(chunk, accumulator)
+                elif self.zeroes == chunk.version - 1 != self.stepped:
+                    # With its step `zero` sees to the rest.
+                    accumulator.keep_zeros = False
+                    self._drop(chunk, accumulator)
                 if aside := self._aside.get(chunk):
                     self._free(chunk, [each for each in aside if each.until < chunk.version])
 
@@ -373,11 +379,16 @@ class Contributions:
         self._aside[chunk] = tuple(each for each in self._aside[chunk] if each not in accumulators)
 
     @staticmethod
-    def _zero(chunk: Chunk, accumulator: _Accumulator) -> None:
+    def _drop(chunk: Chunk, accumulator: _Accumulator) -> None:
+        """The gradient goes; that it was counted is still known."""
         accumulator.zeros = accumulator.occupied and accumulator.keep_zeros
         if accumulator.part is not None:
             chunk.tier.empty(accumulator.part)
         accumulator.whole, accumulator.rows = False, None
+
+    @classmethod
+    def _zero(cls, chunk: Chunk, accumulator: _Accumulator) -> None:
+        cls._drop(chunk, accumulator)
         accumulator.zero_after_update = False
         accumulator.count = 0
 

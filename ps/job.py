@@ -291,13 +291,20 @@ class Job:
         self.staging(session).clear()
 
     def announce_step(
-        self, session: Session, step: int, wish: StepWish, patience: Patience, done: Iterable[Chunk] = ()
+        self,
+        session: Session,
+        step: int,
+        wish: StepWish,
+        patience: Patience,
+        done: Iterable[Chunk] = (),
+        *,
+        zero_grad: bool = False,
     ) -> None:
         """What the session will ask for with `step_from`; see `Steps.announce`."""
         shard = self.open_shard()
         self.steps.catch_up(session, shard, step, patience)
         self._check_staying(step)
-        self.steps.announce(session, shard, step, wish, done)
+        self.steps.announce(session, shard, step, wish, done, zero_grad=zero_grad)
 
     def leave(self) -> None:
         """The server is about to stop: no step begins any more. One that a rank has asked for may still come about."""

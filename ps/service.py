@@ -329,7 +329,8 @@ class ParameterServer:
             job.steps.withdraw(session, job.open_shard(), request.step)
         else:
             done = decode_chunks(job.open_shard(), request.done)
-            job.announce_step(session, request.step, decode_step(request), self._update_wait(context), done)
+            wish, patience = decode_step(request), self._update_wait(context)
+            job.announce_step(session, request.step, wish, patience, done, zero_grad=request.zero_grad)
         return pb.AnnounceStepResponse()
 
     @_call

@@ -237,10 +237,19 @@ class Steps:
             lambda: self.check_progress(session),
         )
 
-    def announce(self, session: Session, shard: Shard, step: int, wish: StepWish, done: Iterable[Chunk] = ()) -> None:
+    def announce(
+        self,
+        session: Session,
+        shard: Shard,
+        step: int,
+        wish: StepWish,
+        done: Iterable[Chunk] = (),
+        *,
+        zero_grad: bool = False,
+    ) -> None:
         """The session will ask for the step with this wish, and says of gradients when they are final.
 
-        done: chunks to which it contributes no more in this step.
+        done: chunks to which it contributes no more in this step. zero_grad: its gradients go as they are used.
         Once every rank has announced the step or asked for it, chunks that are final on every rank are updated.
         Repeating it is harmless. Raises Conflict if the ranks disagree about options.
         """
@@ -252,6 +261,7 @@ class Steps:
                 raise Conflict(f"rank {session.rank} announces step {step}, which it has asked for already")
             self._agree(session, shard, step, wish, options)
             contributions.done = frozenset(done)
+            contributions.zeroes = step if zero_grad else -1
             for chunk in contributions.done:
                 contributions.finish(chunk, step)
             if self._agreed is not None and self._agreed.look():
@@ -268,6 +278,7 @@ class Steps:
                     f"rank {session.rank} takes back its announcement of step {step} after it sent a final gradient"
                 )
             contributions.reopen(step)
+            contributions.zeroes = -1
             # Else it was refused, and the others have still to hear why.
             if self._wishes.pop(session.rank, None) is not None:
                 self._abandon(f"rank {session.rank} took its announcement back")
@@ -289,18 +300,21 @@ class Steps:
         if contributions.stepped == step:
             return
         options = self._resolve(session, shard, wish)
-        with contributions.lock, self._monitor:
-            if contributions.stepped == step:
-                return
-            self.check_step(session, shard, step)
-            self._agree(session, shard, step, wish, options)
-            contributions.final_step = contributions.stepped = step
-            if (agreed := self._agreed) is not None:
-                if all(each.stepped == step for each in agreed.contributions):
-                    self._complete(agreed, wish)
-                elif agreed.look():
-                    self._updater.submit(agreed)
-            self._monitor.changed()
+        with contributions.lock:
+            with self._monitor:
+                if contributions.stepped == step:
+                    return
+                self.check_step(session, shard, step)
+                self._agree(session, shard, step, wish, options)
+                contributions.final_step = contributions.stepped = step
+                if (agreed := self._agreed) is not None:
+                    if all(each.stepped == step for each in agreed.contributions):
+                        self._complete(agreed, wish)
+                    elif agreed.look():
+                        self._updater.submit(agreed)
+                self._monitor.changed()
+            if contributions.zeroes == step:
+                contributions.zero(shard, step + 1)
 
     def _resolve(self, session: Session, shard: Shard, wish: StepWish) -> Options:
         """Checks a wish. Raises Conflict and InvalidRequest."""

@@ -32,10 +32,12 @@ class Announcement:
     """What the next step of one model will do, once that is announced.
 
     running: whether the backward that completes the step's gradients is under way.
+    zero_grad: whether the step drops the gradients that it uses.
     """
 
     def __init__(self, job: "Job", group: TrainerGroup | None = None) -> None:
         self.running = False
+        self.zero_grad = False
         self._job = job
         self._group = group
         self._groups: Sequence[pb.OptimizerGroup] | None = None
@@ -64,9 +66,12 @@ class Announcement:
 
     # ------------------------------------------------------------ from announcement to step
 
-    def begin(self, groups: Sequence[pb.OptimizerGroup]) -> None:
-        """Announces a step with these options. Raises what servers have against it."""
-        self._groups = groups
+    def begin(self, groups: Sequence[pb.OptimizerGroup], *, zero_grad: bool) -> None:
+        """Announces a step with these options, which drops its gradients as it uses them if `zero_grad`.
+
+        Raises what servers have against it.
+        """
+        self._groups, self.zero_grad = groups, zero_grad
         try:
             self._tell_servers()
         except BaseException:
@@ -125,11 +130,13 @@ class Announcement:
         if self.running:
             self.end()
         self._groups = None
+        self.zero_grad = False
         self._final.clear()
 
     def forget(self) -> None:
         """Servers know of no announcement any more."""
         self.running = False
+        self.zero_grad = False
         self._groups = None
         self._final.clear()
         self._forget_backward()
@@ -153,6 +160,7 @@ class Announcement:
         with contextlib.suppress(ZeroPsError):
             self._tell_servers(withdraw=True)
         self._groups = None
+        self.zero_grad = False
 
     def _tell_servers(self, *, withdraw: bool = False) -> None:
         left = {} if withdraw else self._left_to_others()
@@ -165,6 +173,7 @@ class Announcement:
                 groups=() if withdraw else self._groups,
                 withdraw=withdraw,
                 done=left.get(self._job.servers.index(server), ()),
+                zero_grad=self.zero_grad and not withdraw,
             ),
             self._job.timeout,
         )

@@ -321,7 +321,10 @@ class Gradients:
         self.settle()
 
     def stepped(self) -> None:
-        """The next contribution is the first one of its step. What was sent stays until it is dropped."""
+        """The next contribution is the first one of its step. What was sent stays until it is dropped, unless the
+        step has done that."""
+        if self._announcement.zero_grad:
+            self.forget()
         self._begin_anew()
         self._announcement.stepped()
         for state in self._sent:

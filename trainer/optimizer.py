@@ -226,8 +226,11 @@ class RemoteOptimizer(StatefulOptimizer):
         return None
 
     @contextmanager
-    def last_backward(self) -> Iterator[None]:
+    def last_backward(self, *, zero_grad: bool = False) -> Iterator[None]:
         """Context of the backward that completes the step's gradients; `step` follows.
+
+        zero_grad: `step` drops the gradients, as `self.zero_grad()` right after it would. Servers then keep none
+        that they have used; where their memory is limited it would go to the disk.
 
         Servers then update parameters while this backward goes on for others, so that the next forward waits
         less. It states on entering that the step uses the options that the groups have now, with gradients as
@@ -256,7 +259,7 @@ class RemoteOptimizer(StatefulOptimizer):
                 "to begin anew"
             )
         self._state_thawed()
-        model.announcement.begin(self._encoded_groups())
+        model.announcement.begin(self._encoded_groups(), zero_grad=zero_grad)
         try:
             yield
         except BaseException as error:

@@ -32,7 +32,7 @@ class Offloaded:
         x, y = self._batches.at(index)
         with self._phase("forward"):
             loss: torch.Tensor = self._model(x, y)
-        with self._phase("backward"), self._optimizer.last_backward():
+        with self._phase("backward"), self._optimizer.last_backward(zero_grad=True):
             torch.autograd.backward(loss)
         with self._phase("update"):
             self._optimizer.step()

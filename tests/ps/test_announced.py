@@ -53,6 +53,36 @@ def test_a_final_gradient_is_used_before_the_step(address: str, job_name: str) -
     assert torch.equal(client.pull(0, version=2), -4 * ONES)
 
 
+def test_a_step_may_drop_its_gradients_as_it_uses_them(address: str, job_name: str) -> None:
+    one, two = start_job(address, TWO, job=job_name, world_size=2, lr=1.0)
+    one.announce(zero_grad=True)
+    two.announce()
+    for client in (one, two):
+        client.push_gradient(0, 2 * ONES, final=True)
+    assert torch.equal(one.pull(0, version=1), -2 * ONES)
+    # It was counted, however often it is sent.
+    one.push_gradient(0, 2 * ONES, final=True)
+    one.push_gradient(1, 2 * ONES)
+    for client in (one, two):
+        client.step(0)
+    assert torch.equal(one.pull(1, version=1), -ONES)
+    # Of one rank they are gone, of the other one they are used again.
+    for client in (one, two):
+        client.step(1)
+    assert torch.equal(one.pull(0, version=2), -3 * ONES)
+    assert torch.equal(one.pull(1, version=2), -ONES)
+
+
+def test_an_announcement_that_is_taken_back_drops_nothing(address: str, job_name: str) -> None:
+    (client,) = start_job(address, TWO, job=job_name, lr=1.0)
+    client.push_gradient(0, ONES)
+    client.announce(zero_grad=True)
+    client.announce(withdraw=True)
+    for step in range(2):
+        client.step(step)
+    assert torch.equal(client.pull(0, version=2), -2 * ONES)
+
+
 def test_a_rank_may_leave_a_chunk_to_others(address: str, job_name: str) -> None:
     one, two = start_job(address, TWO, job=job_name, world_size=2, lr=1.0)
     one.announce(done=one.chunks(1))

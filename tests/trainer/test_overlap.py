@@ -34,16 +34,18 @@ def training(
         yield model, trainer.RemoteOptimizer(model.parameters(), torch.optim.AdamW, **{"lr": 1e-2, **options})
 
 
-def step_of(model: nn.Module, optimizer: Any, step: int, parts: int = 1) -> torch.Tensor:
-    """One step on so many micro-batches; the last loss."""
+def step_of(model: nn.Module, optimizer: Any, step: int, parts: int = 1, *, zero_grad: bool = False) -> torch.Tensor:
+    """One step on so many micro-batches; the last loss. zero_grad: as in `last_backward`."""
     for part in range(parts):
         loss = loss_of(model, batch(10 * step + part))
         if part == parts - 1 and isinstance(optimizer, trainer.RemoteOptimizer):
-            with optimizer.last_backward():
+            with optimizer.last_backward(zero_grad=zero_grad):
                 loss.backward()
         else:
             loss.backward()
     optimizer.step()
+    if zero_grad and not isinstance(optimizer, trainer.RemoteOptimizer):
+        optimizer.zero_grad()
     return loss.detach()
 
 
@@ -98,7 +100,7 @@ def test_results_are_those_of_plain_torch(servers: int) -> None:
 
 def test_a_limited_memory_changes_nothing() -> None:
     runs = []
-    for memory in (None, "3MiB"):
+    for memory, zero_grad in ((None, False), ("3MiB", False), ("3MiB", True)):
         with (
             LocalCluster(1, memory=memory) as cluster,
             training(cluster, "deep", lambda: Deep(16, 256)) as (model, opt),
@@ -106,14 +108,31 @@ def test_a_limited_memory_changes_nothing() -> None:
             for step in range(4):
                 x = torch.randn(4, 256, generator=torch.Generator().manual_seed(step))
                 loss = model(x).pow(2).mean()
-                with opt.last_backward():
+                with opt.last_backward(zero_grad=zero_grad):
                     loss.backward()
                 if step:
                     assert len(finals(model)) == 16
                 opt.step()
                 opt.zero_grad()
             runs.append(gathered_values(model))
-    assert all(torch.equal(runs[0][name], value) for name, value in runs[1].items())
+    for run in runs[1:]:
+        assert all(torch.equal(runs[0][name], value) for name, value in run.items())
+
+
+def test_gradients_may_go_as_they_are_used(cluster: LocalCluster, job_name: str) -> None:
+    """Steps with and without that, micro-batches, and gradients that stay."""
+    plain = seeded(Residual)
+    reference = torch.optim.AdamW([p for p in plain.parameters() if p.numel()], lr=1e-2, fused=True)
+    with training(cluster, job_name) as (model, optimizer):
+        for step in range(8):
+            how: dict[str, Any] = {"parts": 1 + step % 2, "zero_grad": step % 4 != 2}
+            assert torch.equal(step_of(model, optimizer, step, **how), step_of(plain, reference, step, **how))
+            gradients = [parameter.grad is None for parameter in model.parameters() if parameter.numel()]
+            assert all(gradients) if how["zero_grad"] else not any(gradients)
+            # It has nothing to do.
+            if step % 3 and how["zero_grad"]:
+                optimizer.zero_grad()
+        same(model, plain)
 
 
 # ---------------------------------------------------------------- when updates run

@@ -93,15 +93,20 @@ def same(model: nn.Module, plain: nn.Module) -> None:
         assert torch.equal(values, plain.get_parameter(name)), name
 
 
+@pytest.mark.parametrize("announced", [False, True], ids=["plain", "announced"])
 @pytest.mark.parametrize("staleness", [1, 2, 4])
-def test_late_updates_are_delayed_gradient_descent(late: LocalCluster, job_name: str, staleness: int) -> None:
+def test_late_updates_are_delayed_gradient_descent(
+    late: LocalCluster, job_name: str, staleness: int, announced: bool
+) -> None:
     plain = Delayed(Residual, staleness, lr=1e-2)
     with training(late, job_name, staleness) as (_, model, optimizer):
         for step in range(9):
             loss = loss_of(model, batch(step))
-            loss.backward()
+            with optimizer.last_backward(zero_grad=True) if announced else nullcontext():
+                loss.backward()
             optimizer.step()
-            optimizer.zero_grad()
+            if not announced:
+                optimizer.zero_grad()
             assert [loss.item()] == plain.backward(lambda m, step=step: loss_of(m, batch(step)))
             plain.step()
             plain.optimizer.zero_grad()

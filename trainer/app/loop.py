@@ -96,7 +96,7 @@ def train(settings: Settings) -> int:
                     )
                     loss = model(x.to(device), y.to(device))
                     # Clipping takes the norm of all gradients: with it no update can begin before backward has ended.
-                    with optimizer.last_backward() if settings.clip is None else nullcontext():
+                    with optimizer.last_backward(zero_grad=True) if settings.clip is None else nullcontext():
                         loss.backward()
                     if settings.clip is not None:
                         trainer.clip_grad_norm_(model.parameters(), settings.clip)
