@@ -3,7 +3,8 @@
 import ctypes
 import math
 import threading
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -126,6 +127,19 @@ class Chunk:
         head: bytes = b"",
     ) -> bytes:
         """Bytes `start` to `stop` of the chunk in `dtype`, behind `head`. Raises VersionGone and Conflict."""
+        with self._at(version, dtype, patience) as tensor:
+            return _joined(head, tensor, start, stop)
+
+    def copy(
+        self, version: int, dtype: torch.dtype, start: int, into: torch.Tensor, patience: Patience | None = None
+    ) -> None:
+        """Fills a 1-d uint8 tensor with the bytes of the chunk in `dtype` from `start` on. Raises as `read`."""
+        with self._at(version, dtype, patience) as tensor:
+            into.copy_(tensor.reshape(-1).view(torch.uint8)[start : start + into.numel()])
+
+    @contextmanager
+    def _at(self, version: int, dtype: torch.dtype, patience: Patience | None) -> Iterator[torch.Tensor]:
+        """The chunk in `dtype`, in memory and unchanged until the block ends. Raises as `read`."""
         while True:
             with self.lock:
                 self._check_version(version)
@@ -136,7 +150,8 @@ class Chunk:
             with self.tier.lease([source], what=source.label, patience=patience), self.lock:
                 self._check_version(version)
                 if self.pulled(dtype) is source:
-                    return _joined(head, source.tensor, start, stop)
+                    yield source.tensor
+                    return
 
     def read_part(
         self,

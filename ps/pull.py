@@ -93,6 +93,7 @@ def _chunks(
                 _shifted(_reader(chunk, version, wire, patience), offset),
                 _lender(chunk, version, wire, patience),
                 offset,
+                _copier(chunk, version, wire, offset, patience),
             )
 
 
@@ -130,6 +131,12 @@ def _shifted(read: Read, offset: int) -> Read:
 
 def _reader(chunk: Chunk, version: int, dtype: torch.dtype, patience: Patience) -> Read:
     return lambda start, stop, head=b"": chunk.read(version, dtype, start, stop, patience, head)
+
+
+def _copier(
+    chunk: Chunk, version: int, dtype: torch.dtype, start: int, patience: Patience
+) -> Callable[[torch.Tensor], None]:
+    return lambda into: chunk.copy(version, dtype, start, into, patience)
 
 
 def _lender(

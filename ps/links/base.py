@@ -32,6 +32,7 @@ class Block:
     """Bytes that leave together, such as a chunk's at one version.
 
     read: Raises a ServerError when they are not what was asked for any more.
+    copy: fills a 1-d uint8 tensor of `num_bytes`; raises as `read`. None for what is small or seldom asked for.
     lend: memory that has them from its byte `start` on, to be read there until it is given back: of an arena, or, if
         that is None, wherever it is; None where there is no such memory. Raises as `read`, and MemoryError.
     """
@@ -40,6 +41,7 @@ class Block:
     read: Read
     lend: Callable[[Arena | None], Lent | None] = _nothing_to_lend
     start: int = 0
+    copy: Callable[[torch.Tensor], None] | None = None
 
 
 Claim = Callable[[int], torch.Tensor | None]

@@ -8,6 +8,7 @@ import selectors
 import socket
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 
@@ -23,6 +24,9 @@ from ps.tier import Lent
 
 _INLINE_BYTES = 32 << 10
 """What is smaller costs less as a part of a message than to be lent."""
+
+_COPIED_BYTES = 8 << 20
+"""What does not stay in memory is lent as a copy: so much of it to one trainer at a time, and the rest in messages."""
 
 _RESPONSE_BYTES = 4 << 20
 """A trainer begins to copy so much while the server makes the next ready."""
@@ -56,6 +60,7 @@ class ShmLink(Link):
         self._lock = threading.Lock()
         # In the order in which the trainer reads them.
         self._lent: deque[Lent] = deque()
+        self._copies: weakref.WeakSet[Lent] = weakref.WeakSet()
         self._read = 0
         self._closed = False
         self._streams = streams
@@ -65,7 +70,7 @@ class ShmLink(Link):
             stream.serve(answer)
 
     def answer(self, request_id: int, blocks: Iterable[Block | None]) -> Iterator[tuple[bytes | pb.PullResponse, int]]:
-        """Lends what is large and in memory; the rest travels in messages."""
+        """Lends what is large, where it is or as a copy; the rest travels in messages."""
         regions: list[tuple[pb.Region, Lent]] = []
         small: list[Block] = []
         sent = False
@@ -93,7 +98,9 @@ class ShmLink(Link):
 
     def _lend(self, block: Block) -> tuple[pb.Region, Lent] | None:
         try:
-            lent = block.lend(self._arena)
+            lent, start = block.lend(self._arena), block.start
+            if lent is None:
+                lent, start = self._copied(block), 0
         except MemoryError as error:
             _log.warning("a chunk travels in messages: %s", error)
             return None
@@ -101,7 +108,18 @@ class ShmLink(Link):
             return None
         offset = self._arena.offset_of(lent.tensor)
         assert offset is not None
-        return pb.Region(offset=offset + block.start, size=block.num_bytes), lent
+        return pb.Region(offset=offset + start, size=block.num_bytes), lent
+
+    def _copied(self, block: Block) -> Lent | None:
+        """A copy of what may leave memory, for this trainer alone; None where it has enough of them."""
+        taken = sum(lent.tensor.nbytes for lent in self._copies)
+        if block.copy is None or taken + block.num_bytes > _COPIED_BYTES:
+            return None
+        lent = Lent(self._arena.take(block.num_bytes))
+        block.copy(lent.tensor)
+        lent.lend()
+        self._copies.add(lent)
+        return lent
 
     def _handed_over(self, request_id: int, regions: list[tuple[pb.Region, Lent]]) -> tuple[pb.PullResponse, int]:
         """The response that tells the trainer of regions, which are its own until it says that it has read them."""

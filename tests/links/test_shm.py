@@ -12,6 +12,7 @@ import torch
 import trainer
 from protos import rendezvous
 from protos import zero_ps_pb2 as pb
+from protos.frames import Data
 from protos.segment import Arena
 from ps import LocalCluster
 from ps.links import Links
@@ -133,6 +134,64 @@ def test_a_full_arena_sends_in_messages(address: str, job_name: str) -> None:
         assert taken
         peer.step(0)
         assert (peer.pull(0, version=1) == -1).all()
+
+
+@pytest.fixture(scope="module")
+def limited() -> Iterator[str]:
+    with LocalCluster(1, memory="32MiB", lease=5) as cluster:
+        yield cluster.addresses[0]
+
+
+PARAMETERS = {f"w{n}": torch.full((500_000,), float(n)) for n in range(20)}
+"""2 MB each, and more than the server's memory with what updates take."""
+
+
+class Unread:
+    """Has a trainer not say that it has read what it was lent. regions: how many came."""
+
+    def __init__(self, peer: Peer) -> None:
+        self.regions = 0
+        self._deliver = peer.link.deliver
+        peer.link.deliver = self._count
+        peer.link._connection = self
+
+    def _count(self, response, pull):
+        self.regions += 0 if isinstance(response, Data) else len(response.regions)
+        self._deliver(response, pull)
+
+    def send(self, data: bytes) -> None: ...
+
+    def shutdown(self, how: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def test_what_may_leave_memory_is_lent_as_a_copy(limited: str, job_name: str) -> None:
+    with Peer(limited, "shm", job_name, PARAMETERS) as peer:
+        connection = peer.link._connection
+        unread = Unread(peer)
+        peer.link._connection = connection
+        for dtype in (torch.float32, torch.bfloat16):
+            for number, values in enumerate(PARAMETERS.values()):
+                assert torch.equal(peer.pull(number, dtype=dtype), values.to(dtype))
+        assert unread.regions == 2 * len(PARAMETERS)
+        # The bytes are of one version, whatever becomes of the part.
+        for number, values in enumerate(PARAMETERS.values()):
+            peer.push(number, torch.ones_like(values)).result(TIMEOUT)
+        peer.step(0)
+        for number, values in enumerate(PARAMETERS.values()):
+            assert torch.equal(peer.pull(number, version=1), values - 1)
+
+
+def test_a_trainer_that_does_not_read_its_copies_gets_messages(limited: str, job_name: str) -> None:
+    with Peer(limited, "shm", job_name, PARAMETERS) as peer:
+        connection, unread = peer.link._connection, Unread(peer)
+        for number, values in enumerate(PARAMETERS.values()):
+            assert torch.equal(peer.pull(number), values)
+        assert unread.regions == (8 << 20) // 2_000_000
+        connection.send(rendezvous.encode_count(unread.regions))
+        peer.link._connection = connection
+        wait_until(lambda: peer.pull(0) is not None and unread.regions > 4, "copies to be lent again")
 
 
 def _full() -> torch.Tensor:
