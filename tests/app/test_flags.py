@@ -50,6 +50,7 @@ def test_a_bad_flag_exits_with_2_and_says_which(
         ([*SERVERS, "--optimizer", "lr_scheduler"], "torch.optim has no such class"),
         ([*SERVERS, "--device", "abacus"], "--device abacus"),
         ([*SERVERS, "--job", "a/b"], "job name 'a/b' is not valid"),
+        ([*SERVERS, "--mode", "group"], "--mode group is for trainers that torchrun starts: "),
         ([*SERVERS, "--links", "shm,tcp"], "'tcp' is no kind of link; name one or more of shm, nccl, gloo, grpc"),
     ],
 )

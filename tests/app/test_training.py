@@ -8,29 +8,43 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ps import LocalCluster
+from tests.ranks import free_port
 
 TINY = ["--layers", "1", "--width", "32", "--heads", "2", "--context", "16", "--batch", "4", "--dtype", "fp32"]
 
 
-def start(cluster: LocalCluster, rank: int, world_size: int, *flags: str) -> "subprocess.Popen[str]":
+def start(
+    cluster: LocalCluster,
+    rank: int,
+    world_size: int,
+    *flags: str,
+    environment: Mapping[str, str] | None = None,
+) -> "subprocess.Popen[str]":
     return subprocess.Popen(
         [sys.executable, "-m", "trainer", "--servers", ",".join(cluster.addresses), *TINY, *flags],
-        env={**os.environ, "RANK": str(rank), "WORLD_SIZE": str(world_size), "OMP_NUM_THREADS": "1"},
+        env={
+            **os.environ,
+            "RANK": str(rank),
+            "WORLD_SIZE": str(world_size),
+            "OMP_NUM_THREADS": "1",
+            **(environment or {}),
+        },
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
 
 
-def run(cluster: LocalCluster, world_size: int, *flags: str) -> list[str]:
+def run(cluster: LocalCluster, world_size: int, *flags: str, **options: Any) -> list[str]:
     """What each rank said; all of them have to succeed."""
-    processes = [start(cluster, rank, world_size, *flags) for rank in range(world_size)]
+    processes = [start(cluster, rank, world_size, *flags, **options) for rank in range(world_size)]
     said = [process.communicate(timeout=100)[0] for process in processes]
     assert [process.returncode for process in processes] == [0] * world_size, "\n".join(said)
     return said
@@ -58,6 +72,18 @@ def test_two_trainers_train_and_report(cluster: LocalCluster, job_name: str, tmp
     assert "committed step 12" in said[0]
     assert "gloo (shm: the trainer does not allow it (links of trainer.connect)" in said[0]
     assert "step" not in said[1], "only rank 0 reports"
+
+
+def test_trainers_of_torchrun_may_be_a_group(cluster: LocalCluster, job_name: str, tmp_path: Path) -> None:
+    losses = {}
+    for mode in ("direct", "group"):
+        log = tmp_path / f"{mode}.jsonl"
+        flags = ["--job", f"{job_name}-{mode}", "--steps", "3", "--links", "grpc", "--mode", mode]
+        torchrun = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        said = run(cluster, 2, *flags, "--step-log", str(log), environment=torchrun)
+        assert re.search(rf"^mode +{mode}$", said[0], re.MULTILINE), said[0]
+        losses[mode] = [line["loss"] for line in steps_of(log)]
+    assert losses["direct"] == losses["group"]
 
 
 def test_trainers_have_to_agree_how_far_they_may_be_ahead(cluster: LocalCluster, job_name: str) -> None:

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Literal, NoReturn
 
 import trainer
 from protos.sizes import parse_bytes
@@ -30,6 +30,7 @@ class Settings:
     seed: int
     commit_every: int
     links: list[str] | None
+    mode: Literal["direct", "group"]
     connect_timeout: float
     recover_timeout: float
     credentials: trainer.Credentials
@@ -69,6 +70,7 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
         seed=flags.seed,
         commit_every=flags.commit_every,
         links=flags.links,
+        mode=flags.mode,
         connect_timeout=flags.connect_timeout,
         recover_timeout=flags.recover_timeout,
         credentials=credentials,
@@ -116,6 +118,13 @@ def _parser() -> argparse.ArgumentParser:
         default=None,
         metavar="KIND,...",
         help="kinds of link that may be used, such as gloo,grpc; none: all. Each server gets the best one that works",
+    )
+    add(
+        "--mode",
+        choices=("direct", "group"),
+        default="direct",
+        help="group: each trainer pulls and pushes a part, and they share it among themselves; for trainers that "
+        "torchrun starts and that reach servers over a network (docs/groups.md)",
     )
     add("--connect-timeout", type=_positive, default=20.0, metavar="SECONDS", help="for servers and trainers")
     add(

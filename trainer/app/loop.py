@@ -37,6 +37,12 @@ def train(settings: Settings) -> int:
     dtype = machine.pick_dtype(settings.dtype, device)
     corpus = data.Corpus.read(data.find_files(settings.data) if settings.data else data.standard_library())
     corpus.check(settings.model.context)
+    if settings.mode == "group":
+        try:
+            # From torchrun's environment.
+            torch.distributed.init_process_group("gloo")
+        except (ValueError, RuntimeError) as error:
+            raise ValueError(f"--mode group is for trainers that torchrun starts: {error}") from None
 
     with trainer.connect(
         settings.servers,
@@ -49,7 +55,10 @@ def train(settings: Settings) -> int:
         with job.init():
             model = GPT(settings.model)
         config = trainer.OffloadConfig(
-            param_dtype=dtype, max_live_bytes=settings.max_live_bytes, max_staleness=settings.max_staleness
+            param_dtype=dtype,
+            max_live_bytes=settings.max_live_bytes,
+            max_staleness=settings.max_staleness,
+            mode=settings.mode,
         )
         trainer.offload(model, job, config, device=device)
         optimizer = trainer.RemoteOptimizer(model.parameters(), optimizer_class, lr=settings.lr)
