@@ -55,6 +55,7 @@ class BarePair:
 
 @contextmanager
 def bare_pair() -> Iterator[BarePair]:
+    """The other end in a process of its own, which ends with the context."""
     with (
         tempfile.TemporaryDirectory() as folder,
         subprocess.Popen(

@@ -54,6 +54,7 @@ WARM_UP = 2
 
 
 def run(quick: bool) -> list[report.Row]:
+    """The rows of steps with and without looking ahead, and of the coordinator's own cost. quick: a small model."""
     torch.set_num_threads(2)
     rows = []
     for work in WORKS:

@@ -35,6 +35,7 @@ class _Block(nn.Module):
 
 
 def run(quick: bool) -> list[report.Row]:
+    """The rows of both modes, with one, two and four trainers; of a smaller model with one and two when quick."""
     width, blocks = (256, 4) if quick else (720, 12)
     rows: list[report.Row] = []
     # Twelve processes on two cores: one may be silent for a while.

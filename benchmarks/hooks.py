@@ -41,6 +41,7 @@ WORKS = (
 
 
 def run(quick: bool) -> list[report.Row]:
+    """The rows of 100 and 1000 modules, of 100 when quick."""
     torch.set_num_threads(1)
     rows = []
     with LocalCluster(servers=2) as cluster:

@@ -43,6 +43,7 @@ class Deep(nn.Module):
 
 
 def run(quick: bool) -> list[report.Row]:
+    """The rows of models of growing size, and of how the peak grows with it."""
     sizes = (8, 24) if quick else (8, 16, 32, 64)
     found = []
     for layers in sizes:

@@ -40,6 +40,7 @@ OPTIONS: dict[str, Option] = {"lr": 1e-3}
 
 
 def run(quick: bool) -> list[report.Row]:
+    """The rows of updates by themselves, of what the next forward waits for, and of pulls by micro-batches."""
     torch.set_num_threads(1)
     rows = throughput(16 if quick else 64, rounds=5 if quick else 15)
     for where in ("memory", "disk"):
@@ -111,6 +112,8 @@ class _Elsewhere(torch.autograd.Function):
 
 
 class Layer(nn.Linear):
+    """A layer that computes for as long as an accelerator would, without a processor."""
+
     def __init__(self) -> None:
         super().__init__(WIDTH, WIDTH, bias=False)
 

@@ -67,6 +67,7 @@ QUICK = (Config("35 M", "memory", 1, 64), Config("35 M", "disk", 1, 64))
 
 
 def run(quick: bool) -> list[report.Row]:
+    """The rows of what this machine does, and of each configuration as planned against what was measured."""
     machine = _machine(quick)
     rows = [
         report.Row("disk, read", machine.disk_read / 1e9, "GB/s"),

@@ -70,6 +70,7 @@ def kind_of(symbol: str) -> str:
 
 
 def available() -> bool:
+    """Whether there is `perf`."""
     return shutil.which("perf") is not None
 
 
@@ -104,6 +105,7 @@ def sampled(pids: Sequence[int]) -> Iterator[Samples]:
 
 
 def counted(lines: str) -> dict[int, Counter[str]]:
+    """The lines of `perf script` as counts of `symbol (file)`, by process."""
     found: dict[int, Counter[str]] = {}
     for line in lines.splitlines():
         if match := _LINE.match(line):

@@ -41,6 +41,7 @@ Losses = dict[int, tuple[list[float], float]]
 
 
 def run(quick: bool) -> list[report.Row]:
+    """The rows of losses with updates that are late, and of what a step gains by it."""
     torch.set_num_threads(1)
     return converged(losses(20 if quick else 120, STALENESS[:2] if quick else STALENESS)) + gained(
         layers=6 if quick else 24, steps=2 if quick else 12
@@ -48,6 +49,7 @@ def run(quick: bool) -> list[report.Row]:
 
 
 def losses(steps: int, staleness: tuple[int, ...] = STALENESS) -> Losses:
+    """Of a training run with each max_staleness: the loss of every step, and that of held-out text at the end."""
     corpus = Corpus.read(standard_library())
     found: Losses = {}
     with LocalCluster(2, flags=["--late-updates"]) as cluster:
@@ -95,6 +97,7 @@ def _rate(step: int, steps: int) -> float:
 
 
 def converged(found: Losses) -> list[report.Row]:
+    """The rows of what `losses` found."""
     rows = []
     for k, (each, _) in found.items():
         for end in range(SMOOTHED, len(each) + 1, SMOOTHED):

@@ -49,6 +49,8 @@ PATIENCE = 600.0
 
 
 def run(quick: bool) -> list[report.Row]:
+    """The rows of cold pulls, optimizer passes and policies in a server's own code, and of a server process. Files are
+    in ZERO_PS_BENCH_DIR, or where temporary files are."""
     torch.set_num_threads(1)
     matrices = 48 if quick else 192
     rows = []
@@ -112,6 +114,7 @@ def pull_all(jobs: Jobs, session: Session, matrices: int, version: int) -> None:
 
 
 def answered(jobs: Jobs, requests: Sequence[pb.PullRequest]) -> None:
+    """Has pulls answered as a stream would, to nobody."""
     with jobs.places.stream(lambda: None) as place:
         for response in answer_pulls(jobs, Traffic(), requests, place, lambda: False):
             assert isinstance(response, bytes) or not response.HasField("error"), response
@@ -163,6 +166,7 @@ def gradients(job: Job, session: Session, matrices: int, step: int) -> None:
 
 
 def update(job: Job, session: Session, step: int) -> None:
+    """Makes a step, and waits until all of it is done."""
     groups = ({"lr": 1e-3},)
     job.step_from(session, step, StepWish(groups, ()), Patience.of(PATIENCE))
     shard = job.shard
@@ -173,6 +177,7 @@ def update(job: Job, session: Session, step: int) -> None:
 
 
 def adamw(job: Job, session: Session, matrices: int) -> None:
+    """Gives a job of so many matrices its optimizer."""
     group = OptimizerGroup({"lr": 1e-3}, tuple(range(matrices)))
     set_optimizer(job, session, OptimizerSpec("AdamW", (group,)), Patience.of(PATIENCE))
 
@@ -202,6 +207,7 @@ def policies(folder: Path, matrices: int) -> list[report.Row]:
 
 
 def backward(jobs: Jobs, job: Job, session: Session, matrices: int, step: int) -> None:
+    """Pulls every matrix and pushes its gradient, the last one first."""
     shard = job.open_shard()
     contributions = job.steps.of(session)
     job.steps.zero(session, shard, step, list(shard))
@@ -255,6 +261,7 @@ def train(addresses: Sequence[str], layers: int) -> None:
 
 
 def status_of(cluster: LocalCluster) -> pb.StatusResponse:
+    """What the one server of a cluster says of itself."""
     with grpc.insecure_channel(cluster.addresses[0]) as channel:
         return zero_ps_pb2_grpc.ParameterServerStub(channel).Status(pb.StatusRequest(), timeout=10)
 
@@ -264,6 +271,7 @@ def status_of(cluster: LocalCluster) -> pb.StatusResponse:
 
 @contextmanager
 def server(folder: Path, tier: Tier) -> Iterator[tuple[Jobs, Job]]:
+    """A server's jobs, and one of them, without a network."""
     with DataDir(folder, 0, 1) as data_dir:
         jobs = Jobs(ServerOptions(0, 1, lease_seconds=1e6), data_dir, tier)
         job, session = jobs.open_session("bench", 0, 1, "first", False, Patience.of(5), 1)
@@ -276,6 +284,7 @@ def server(folder: Path, tier: Tier) -> Iterator[tuple[Jobs, Job]]:
 
 
 def limited(memory: int, policy: str = "plan") -> Tier:
+    """A tier with a limit, in bytes."""
     return Tier(memory, policy_named(policy))
 
 
@@ -309,6 +318,7 @@ def disk_seconds(folder: Path, read: int, written: int) -> float:
 
 
 def raw_io(sources: Sequence[Path], targets: Sequence[Path], threads: int = 8) -> None:
+    """Reads files whole and writes others, at the same time and past the page cache."""
     size = WIDTH * WIDTH * 4
     buffers = threading.local()
 
@@ -341,6 +351,7 @@ def drop_caches(files: Sequence[Path]) -> None:
 
 
 def timed(work: Callable[[], None]) -> float:
+    """Seconds."""
     begin = time.perf_counter()
     work()
     return time.perf_counter() - begin

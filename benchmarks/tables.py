@@ -82,6 +82,7 @@ def budget(rows: Rows) -> str:
 
 
 def links(rows: Rows) -> str:
+    """What each link does, against its building block."""
     return _plain([row for row in rows if row.ratio is not None and "link" in row.case], ["link"])
 
 
