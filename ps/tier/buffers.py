@@ -15,10 +15,14 @@ class Buffer:
     def __init__(self, size: int) -> None:
         self.size = size
         self.data = map_pages(size)
+        # The last one, which is asked for again and again.
+        self._view = self.data
 
     def view(self, shape: tuple[int, ...], dtype: torch.dtype, nbytes: int) -> torch.Tensor:
         """The first `nbytes` bytes as a tensor."""
-        return self.data[:nbytes].view(dtype).view(shape)
+        if self._view.dtype != dtype or self._view.shape != shape:
+            self._view = self.data[:nbytes].view(dtype).view(shape)
+        return self._view
 
 
 class BufferPool:
