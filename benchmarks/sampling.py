@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from pathlib import Path
 SAMPLES_PER_SECOND = 299
 """Not a divisor of what happens in regular intervals."""
 
+_START_SECONDS = 10.0
 _END_SECONDS = 60.0
 
 KINDS: tuple[tuple[str, str], ...] = (
@@ -93,6 +95,7 @@ def sampled(pids: Sequence[int]) -> Iterator[Samples]:
             stderr=subprocess.PIPE,
         )
         try:
+            _wait_until_it_looks(recording, data)
             yield samples
         finally:
             recording.send_signal(signal.SIGINT)
@@ -102,6 +105,13 @@ def sampled(pids: Sequence[int]) -> Iterator[Samples]:
         script = ["perf", "script", "-i", str(data), "-F", "pid,tid,ip,sym,dso"]
         lines = subprocess.run(script, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True).stdout
         samples.found = counted(lines)
+
+
+def _wait_until_it_looks(recording: "subprocess.Popen[bytes]", data: Path) -> None:
+    """It writes the head of its file when it is about to; a short block would be over before."""
+    end = time.monotonic() + _START_SECONDS
+    while recording.poll() is None and time.monotonic() < end and not (data.exists() and data.stat().st_size):
+        time.sleep(0.01)
 
 
 def counted(lines: str) -> dict[int, Counter[str]]:

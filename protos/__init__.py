@@ -40,4 +40,5 @@ KEEPALIVE = (
 )
 """Options of gRPC connections at both ends: one whose other end does not answer pings is given up after about 12
 seconds, so that a cut cable or a host that is down is noticed on the scale of a lease. The pings are answered by
-threads that need no Python, so that a busy process does not count as gone. Nor was a stopped one (SIGSTOP) found to."""
+threads that need no Python, so that a busy process does not count as gone. A stopped one (SIGSTOP), whose system still
+acknowledges what it gets, counts as gone after gRPC's own limit for pings, a minute."""
