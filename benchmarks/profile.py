@@ -75,7 +75,7 @@ def profiled(plan: step.Plan, sides: Sequence[str], trainers: int, steps: int, s
                 with step.started(side, work) as ranks:
                     found = _look(ranks, steps)
             except SideError as error:
-                print(f"{case}, {trainers} trainers: left out: {error}", file=sys.stderr)
+                print(f"{case}, trainers {trainers}: left out: {error}", file=sys.stderr)
                 continue
             rows_of_side = _rows(found, at)
             print(_sheet(rows_of_side, at), end="\n\n", flush=True)

@@ -120,7 +120,7 @@ def _commit() -> str:
 
 @dataclass(frozen=True)
 class Measured:
-    """What a measurement has written: see `machine`, and its rows."""
+    """What a measurement has written: see `machine`, whether it was quick, and its rows."""
 
     machine: Mapping[str, str | int | float]
     rows: Sequence[Row]
@@ -189,7 +189,7 @@ def conclude(rows: Sequence[Row], arguments: argparse.Namespace, *, shown: bool 
     if not shown:
         print(table(rows))
     if arguments.json is not None:
-        content = {"machine": machine(), "rows": [row.as_json() for row in rows]}
+        content = {"machine": {**machine(), "quick": arguments.quick}, "rows": [row.as_json() for row in rows]}
         arguments.json.write_text(json.dumps(content, indent=2) + "\n")
     return 1 if any(row.holds is False for row in rows) else 0
 

@@ -138,7 +138,7 @@ def _case(plan: Plan, case: str, trainers: int, say: Callable[[str], None]) -> l
                 side = stack.enter_context(started(name, work))
                 side.wait_ready()
             except SideError as error:
-                say(f"{case}, {trainers} trainers: left out: {error}")
+                say(f"{case}, trainers {trainers}: left out: {error}")
                 continue
             sides[name] = side
             figures[name] = Figures()
@@ -147,16 +147,16 @@ def _case(plan: Plan, case: str, trainers: int, say: Callable[[str], None]) -> l
                 try:
                     figures[name].add(side.block(WARM_UP + plan.steps))
                 except SideError as error:
-                    say(f"{case}, {trainers} trainers: left out from here on: {error}")
+                    say(f"{case}, trainers {trainers}: left out from here on: {error}")
                     del sides[name], figures[name]
                     continue
                 if number == plan.blocks - 1:
                     figures[name].peaks = side.peak_bytes()
                     figures[name].beyond_start_bytes = side.beyond_start_bytes()
                 seconds = statistics.median(figures[name].seconds)
-                say(f"{case}, {trainers} trainers, block {number + 1}/{plan.blocks}: {name} {seconds:.3f} s a step")
+                say(f"{case}, trainers {trainers}, block {number + 1}/{plan.blocks}: {name} {seconds:.3f} s a step")
     for name, found in figures.items():
-        say(f"{case}, {trainers} trainers: losses of {name}: " + " ".join(f"{loss:.4f}" for loss in found.losses[:6]))
+        say(f"{case}, trainers {trainers}: losses of {name}: " + " ".join(f"{loss:.4f}" for loss in found.losses[:6]))
     return _rows(case, trainers, figures, bars=not plan.small)
 
 

@@ -152,8 +152,9 @@ def rendered(folder: Path) -> dict[str, str]:
         path = folder / f"{measurement}.json"
         if path.exists() and (text := render((measured := report.read(path)).rows)):
             about = measured.machine
+            command = f"python -m benchmarks.{measurement}{' --quick' if about.get('quick') else ''}"
             found[name] = (
-                f"`python -m benchmarks.{measurement}`, {about['date']}, commit {about['commit']}, "
+                f"`{command}`, {about['date']}, commit {about['commit']}, "
                 f"{about['cores']} cores with a load of {about['load']}, torch {about['torch']}.\n\n{text}"
             )
     return found

@@ -61,7 +61,7 @@ def test_rows_are_the_same_after_they_were_written_and_read(tmp_path: Path, caps
     measured = report.read(path)
     assert list(measured.rows) == ROWS
     assert [row.holds for row in measured.rows] == [None, True, False, None]
-    assert {"date", "commit", "cores", "torch"} <= measured.machine.keys()
+    assert {"date", "commit", "cores", "torch"} <= measured.machine.keys() and measured.machine["quick"] is False
     fields = {"name", "value", "unit", "against", "ratio", "bar", "holds", "case"}
     assert all(row.keys() == fields for row in json.loads(path.read_text())["rows"])
     assert "NO" in capsys.readouterr().out
@@ -115,7 +115,11 @@ def test_tables_take_their_places_in_a_page_and_leave_the_rest(tmp_path: Path) -
     found = tables.put(page, tables.rendered(tmp_path))
     assert "replaced" not in found and "kept" in found and found.startswith("a\n<!-- results: step -->\n`python -m")
     assert "| zero-ps, memory | 2.20 s = 1.10 (1.10 of plain's, bar 1.15: holds) |" in found
+    written["machine"]["quick"] = True
+    (tmp_path / "step.json").write_text(json.dumps(written))
+    assert "`python -m benchmarks.step --quick`, " in tables.rendered(tmp_path)["step"]
     # Once more changes nothing.
+    (tmp_path / "step.json").write_text(json.dumps({**written, "machine": report.machine()}))
     assert tables.put(found, tables.rendered(tmp_path)) == found
     (tmp_path / "step.png").touch()
     assert "![step](images/step.png)" in tables.with_pictures(tables.rendered(tmp_path), tmp_path)["step"]
