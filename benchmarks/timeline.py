@@ -120,7 +120,11 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.record:
         record(arguments.timeline)
-    draw(json.loads(arguments.timeline.read_text())["traceEvents"], arguments.picture)
+    try:
+        events = json.loads(arguments.timeline.read_text())["traceEvents"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        parser.error(f"{arguments.timeline} is no timeline of trainer.record_timeline: {error}; --record makes one")
+    draw(events, arguments.picture)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from benchmarks import plots, report, step, tables
+from benchmarks import plots, report, step, tables, timeline
 from benchmarks.__main__ import MODULES
 from benchmarks.report import Row
 
@@ -105,6 +105,19 @@ def test_a_folder_without_measurements_is_said_to_be_one(
         with pytest.raises(SystemExit) as exit:
             module.main()
         assert exit.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_what_is_no_timeline_is_said_to_be_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "timeline.json"
+    for content in (None, "[]", "{}", "x"):
+        if content is not None:
+            path.write_text(content)
+        monkeypatch.setattr(sys, "argv", ["timeline", str(path), str(tmp_path / "out.png")])
+        with pytest.raises(SystemExit) as exit:
+            timeline.main()
+        assert exit.value.code == 2 and "is no timeline of trainer.record_timeline" in capsys.readouterr().err
 
 
 def test_tables_take_their_places_in_a_page_and_leave_the_rest(tmp_path: Path) -> None:
