@@ -1,6 +1,5 @@
 """One chunk: its weight, its optimizer state, its version, and what pulls are answered from."""
 
-import ctypes
 import math
 import threading
 from collections.abc import Collection, Iterator
@@ -14,6 +13,7 @@ from ps.errors import Conflict, VersionGone
 from ps.home import IN_MEMORY, Forecast, Home
 from ps.monitor import Patience
 from ps.store import ChunkFile, ChunkState
+from ps.tensor_bytes import joined
 from ps.tier import Incoming, Lent, Part
 
 
@@ -128,7 +128,7 @@ class Chunk:
     ) -> bytes:
         """Bytes `start` to `stop` of the chunk in `dtype`, behind `head`. Raises VersionGone and Conflict."""
         with self._at(version, dtype, patience) as tensor:
-            return _joined(head, tensor, start, stop)
+            return joined(head, tensor, start, stop)
 
     def copy(
         self, version: int, dtype: torch.dtype, start: int, into: torch.Tensor, patience: Patience | None = None
@@ -167,7 +167,7 @@ class Chunk:
         with self.tier.lease([part], what=part.label, patience=patience), self.lock:
             self._check_version(version)
             if dtype == part.dtype:
-                return _joined(head, part.tensor, start, stop)
+                return joined(head, part.tensor, start, stop)
             # What is asked for may begin or end within an element.
             first, end = start // dtype.itemsize, math.ceil(stop / dtype.itemsize)
             converted = byte_view(part.tensor.reshape(-1)[first:end].to(dtype))
@@ -258,15 +258,6 @@ class Chunk:
     def _empty_copies(self) -> None:
         for copy in self.copies.values():
             self.tier.empty(copy)
-
-
-def _joined(head: bytes, tensor: torch.Tensor, start: int, stop: int) -> bytes:
-    """Bytes of a contiguous CPU tensor behind `head`.
-
-    Not through a view of torch's: what gives up the interpreter's lock for each message waits for it each time.
-    """
-    assert 0 <= start <= stop <= tensor.nbytes
-    return b"".join((head, (ctypes.c_char * (stop - start)).from_address(tensor.data_ptr() + start)))
 
 
 def byte_view(tensor: torch.Tensor) -> memoryview:

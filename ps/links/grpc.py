@@ -5,6 +5,7 @@ from collections.abc import Generator, Iterable, Iterator
 from protos import MESSAGE_BYTES, frames
 from protos import zero_ps_pb2 as pb
 from ps.links.base import Block, Claim, Link, LinkKind
+from ps.tensor_bytes import joined
 
 _SMALL_BYTES = 64 << 10
 """What is smaller is copied twice, so as to share a message; a message costs more than that."""
@@ -47,12 +48,29 @@ def messages(request_id: int, blocks: Iterable[Block | None]) -> Iterator[tuple[
             parts.append(block.read(0, block.num_bytes))
             size += block.num_bytes
             continue
-        for start in range(0, block.num_bytes, MESSAGE_BYTES):
-            stop = min(start + MESSAGE_BYTES, block.num_bytes)
-            yield block.read(start, stop, frames.pull_head(request_id, stop - start)), stop - start
-            sent = True
+        yield from _cut(request_id, block)
+        sent = True
     if parts or not sent:
         yield _together(request_id, size, parts)
+
+
+def _cut(request_id: int, block: Block) -> Iterator[tuple[bytes, int]]:
+    """A block in messages of its own. What can be lent is, so that it does not go on to another version in between."""
+    lent = block.lend(None)
+    try:
+        for start in range(0, block.num_bytes, MESSAGE_BYTES):
+            stop = min(start + MESSAGE_BYTES, block.num_bytes)
+            head = frames.pull_head(request_id, stop - start)
+            if lent is None:
+                message = block.read(start, stop, head)
+            else:
+                message = joined(head, lent.tensor, block.start + start, block.start + stop)
+            yield message, stop - start
+            # Held here it would be in memory until the next one is there, too.
+            del message
+    finally:
+        if lent is not None:
+            lent.give_back()
 
 
 def _together(request_id: int, size: int, parts: list[bytes]) -> tuple[bytes, int]:

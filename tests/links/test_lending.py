@@ -1,4 +1,4 @@
-"""A pair's server end sends chunks from where they are, and nothing stays lent."""
+"""Chunks leave a server from where they are, over links that share no memory, and nothing stays lent."""
 
 import queue
 import threading
@@ -9,12 +9,13 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
+from protos import MESSAGE_BYTES, frames
 from protos import zero_ps_pb2 as pb
 from protos.gloo_pair import GlooPair
 from protos.pair import DEPTH, PARCEL_BYTES, SERVER, TRAINER, Pair
 from protos.segment import Arena
 from ps.errors import Timeout, VersionGone
-from ps.links import Block
+from ps.links import Block, GrpcLink
 from ps.links.pair import PairLink
 from ps.tier import Part
 from tests.links.conformance import TIMEOUT, wait_until
@@ -321,3 +322,33 @@ def test_nothing_stays_lent_over_gloo_when_a_trainer_leaves_in_the_middle(gloo_p
     del trainer
     wait_until(lambda: _readers(part) == 0, "the second parcel is given back", 10)
     link.close()
+
+
+def test_a_chunk_that_is_cut_into_messages_is_lent_until_the_last_of_them() -> None:
+    part, received = _part(1.0), b""
+    some_rows = Block(3 * MESSAGE_BYTES + 12, _block(part).read, part.lend, 4_000)
+    answer = GrpcLink().answer(7, [some_rows])
+    for number, (message, num_bytes) in enumerate(answer):
+        assert isinstance(message, bytes)
+        data = frames.decode_pull(message)
+        assert data.request_id == 7 and len(data.data) == num_bytes
+        received += data.data
+        if number == 1:
+            part.about_to_change()
+            part.tensor.fill_(2.0)
+    assert len(received) == some_rows.num_bytes and set(received) == set(torch.ones(1).numpy().tobytes())
+    assert part.lent is None, "the readers had another memory"
+
+
+@pytest.mark.parametrize("end", ["read", "closed"])
+def test_nothing_stays_lent_when_messages_end(end: str) -> None:
+    part = _part()
+    answer = GrpcLink().answer(7, [_block(part)])
+    next(answer)
+    assert _readers(part) == 1
+    if end == "closed":
+        answer.close()  # type: ignore[attr-defined]
+    else:
+        for _ in answer:
+            pass
+    assert _readers(part) == 0
