@@ -49,6 +49,7 @@ class PairLink(Link):
         self._pair: Pair | None = pair
         self._tag = 0
         self._leaving = Leaving(kind, self._wait_quietly)
+        self._broken = False
 
     def answer(self, request_id: int, blocks: Iterable[Block | None]) -> Iterator[tuple[bytes | pb.PullResponse, int]]:
         small: list[Block] = []
@@ -129,9 +130,8 @@ class PairLink(Link):
                 yield target.numel() if in_place else target.numpy().data
         finally:
             # Where a push ends early, its memory is another's next.
-            with contextlib.suppress(ServerError):
-                for work, *_ in coming:
-                    self._wait(work)
+            for work, *_ in coming:
+                self._wait_quietly(work)
 
     def discard(self, header: pb.PushHeader) -> None:
         _check_sizes(header)
@@ -148,9 +148,12 @@ class PairLink(Link):
             work.wait()
 
     def _wait_quietly(self, work: Work) -> None:
-        # Whoever sends next is told what is wrong, and the trainer finds out itself.
-        with contextlib.suppress(ServerError):
-            self._wait(work)
+        """Returns when nothing touches a parcel's memory any more."""
+        # Whoever moves the next one is told what is wrong, and the trainer finds out itself. A wait for another parcel
+        # of a pair that is broken may last as long as the first one did.
+        if not self._broken:
+            with contextlib.suppress(ServerError):
+                self._wait(work)
 
     @contextlib.contextmanager
     def _breaks(self) -> Iterator[None]:
@@ -158,6 +161,7 @@ class PairLink(Link):
         try:
             yield
         except RuntimeError as error:
+            self._broken = True
             if self._pair is not None:
                 self._pair.abort()
             raise Timeout(f"the trainer does not move the bytes of the {self.kind} link: {error}") from error

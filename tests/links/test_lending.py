@@ -147,6 +147,17 @@ def test_a_link_that_ends_leaves_nothing_lent(link: PairLink, pair: _Pair, end: 
     wait_until(lambda: _readers(part) == 0, "it is given back")
 
 
+def test_nobody_waits_for_the_rest_of_a_pair_that_is_broken(
+    link: PairLink, pair: _Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    part = _part()
+    _parcels(link.answer(1, [_block(part)]))
+    monkeypatch.setattr(pair, "abort", lambda: None)
+    pair.parcels[0].error = RuntimeError("the other end is gone")
+    pair.parcels[0].arrived.set()
+    wait_until(lambda: _readers(part) == 0, "both parcels are given back", 10)
+
+
 def test_a_stream_that_ends_in_the_middle_leaves_nothing_lent(link: PairLink, pair: _Pair) -> None:
     parts = [_part(), _part()]
 
