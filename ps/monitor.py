@@ -74,7 +74,7 @@ class Monitor:
                 give_up()
                 left = patience.end - time.monotonic()
                 if left <= 0:
-                    raise Timeout(f"waited {patience.seconds:g} s for {what()}")
+                    raise Timeout(f"waited {round(patience.seconds, 2):g} s for {what()}")
                 if patience.cancelled():
                     raise Cancelled(f"cancelled while waiting for {what()}")
                 self._condition.wait(min(left, _CANCEL_CHECK_SECONDS))

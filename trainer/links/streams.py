@@ -206,7 +206,9 @@ class _Stream(ABC):
             self._error = self._error or error
             futures = self._outstanding()
         for future in futures:
-            future.set_exception(error)
+            # Its answer may come at this moment.
+            with contextlib.suppress(InvalidStateError):
+                future.set_exception(error)
         self._channel.close()
 
     def close(self) -> None:
@@ -248,17 +250,24 @@ class _PullStream(_Stream):
 
     def _receive(self, message: bytes) -> None:
         response = frames.decode_pull(message)
-        head = self._pending[0] if self._pending else None
+        with self._lock:
+            head = self._pending[0] if self._pending else None
         if head is None or head.request_id != response.request_id:
             raise ValueError(f"server {self._address} answered pull {response.request_id}, which nobody awaits")
         if isinstance(response, pb.PullResponse) and response.HasField("error"):
-            self._pending.popleft()
+            self._answered(head)
             self._link.refused(head, from_stream_error(self._address, response.error.code, response.error.message))
             return
         self._link.deliver(response, head)
         if head.complete:
-            self._pending.popleft()
+            self._answered(head)
             self._link.complete(head)
+
+    def _answered(self, head: PendingPull) -> None:
+        with self._lock:
+            # Else the stream has failed meanwhile, and whoever waits was told.
+            if self._pending and self._pending[0] is head:
+                self._pending.popleft()
 
     def _outstanding(self) -> "list[Future[None]]":
         futures = [pending.future for pending in self._pending]
