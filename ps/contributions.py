@@ -400,11 +400,10 @@ def average(chunk: Chunk, by_rank: Sequence[Contributions], step: int, into: Par
     A trainer that contributed nothing counts as zero. With one trainer the result is its accumulator
     itself if that has the weight's dtype. Expects a lease of the parts and of `into`, and the chunk's lock.
     """
-    if (dtype := _average_dtype(chunk, by_rank, step)) is None:
-        gradients = gradient_parts(chunk, by_rank, step)
+    gradients = gradient_parts(chunk, by_rank, step)
+    if (dtype := _average_dtype(chunk, gradients, by_rank, step)) is None:
         return gradients[0].tensor if gradients else None
     total = torch.empty(chunk.shape, dtype=dtype) if into is None else into.tensor
-    gradients = gradient_parts(chunk, by_rank, step)
     if not gradients:
         return total.zero_()
     total.copy_(gradients[0].tensor)
@@ -420,13 +419,14 @@ def new_average(chunk: Chunk, by_rank: Sequence[Contributions], step: int) -> Pa
 
     Memory of the tier, which is used again and again: torch's own would come in fresh pages for each chunk.
     """
-    dtype = _average_dtype(chunk, by_rank, step)
+    dtype = _average_dtype(chunk, gradient_parts(chunk, by_rank, step), by_rank, step)
     return None if dtype is None else chunk.new_part("gradient-average", dtype)
 
 
-def _average_dtype(chunk: Chunk, by_rank: Sequence[Contributions], step: int) -> torch.dtype | None:
-    """In which an average is computed; None if there is none, or it is an accumulator."""
-    parts = gradient_parts(chunk, by_rank, step)
+def _average_dtype(
+    chunk: Chunk, parts: Sequence[Part], by_rank: Sequence[Contributions], step: int
+) -> torch.dtype | None:
+    """In which an average of these parts is computed; None if there is none, or it is an accumulator."""
     if not parts:
         return chunk.dtype if any(c.has(chunk, step) for c in by_rank) else None
     if len(by_rank) == 1:

@@ -129,17 +129,19 @@ class Announcement:
         """The servers have been asked for the step."""
         if self.running:
             self.end()
-        self._groups = None
-        self.zero_grad = False
-        self._final.clear()
+        self._unmake()
 
     def forget(self) -> None:
         """Servers know of no announcement any more."""
         self.running = False
-        self.zero_grad = False
-        self._groups = None
-        self._final.clear()
+        self._unmake()
         self._forget_backward()
+
+    def _unmake(self) -> None:
+        """No step is announced any more."""
+        self._groups = None
+        self.zero_grad = False
+        self._final.clear()
 
     def _forget_backward(self) -> None:
         self._came.clear()
@@ -159,8 +161,7 @@ class Announcement:
         # Servers that cannot be told have forgotten it, or say so to the next call.
         with contextlib.suppress(ZeroPsError):
             self._tell_servers(withdraw=True)
-        self._groups = None
-        self.zero_grad = False
+        self._unmake()
 
     def _tell_servers(self, *, withdraw: bool = False) -> None:
         left = {} if withdraw else self._left_to_others()

@@ -325,10 +325,11 @@ class Gradients:
         step has done that."""
         if self._announcement.zero_grad:
             self.forget()
-        self._begin_anew()
+        else:
+            self._begin_anew()
+            for state in self._sent:
+                state.contributions = 0
         self._announcement.stepped()
-        for state in self._sent:
-            state.contributions = 0
 
     def forget(self) -> None:
         """Servers have none of the gradients any more, so there are none."""

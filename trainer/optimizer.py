@@ -229,9 +229,6 @@ class RemoteOptimizer(StatefulOptimizer):
     def last_backward(self, *, zero_grad: bool = False) -> Iterator[None]:
         """Context of the backward that completes the step's gradients; `step` follows.
 
-        zero_grad: `step` drops the gradients, as `self.zero_grad()` right after it would. Servers then keep none
-        that they have used; where their memory is limited it would go to the disk.
-
         Servers then update parameters while this backward goes on for others, so that the next forward waits
         less. It states on entering that the step uses the options that the groups have now, with gradients as
         they come: until `step`, options may not change, and there can be no clipping, `zero_grad`, further
@@ -241,6 +238,9 @@ class RemoteOptimizer(StatefulOptimizer):
         Which gradients are final at once is learned: in the first such backward none is. If one fails after
         that, the step is half done, and the job goes back to its last commit: StepHalfDone says so. A backward
         that fails sooner can be repeated.
+
+        zero_grad: `step` drops the gradients, as `self.zero_grad()` right after it would. Servers keep none that they
+        have used then; where their memory is limited it would go to the disk.
         """
         self._check_usable()
         model = self._owner

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -42,6 +43,16 @@ class Block:
     lend: Callable[[Arena | None], Lent | None] = _nothing_to_lend
     start: int = 0
     copy: Callable[[torch.Tensor], None] | None = None
+
+    @contextmanager
+    def lent(self) -> Iterator[Lent | None]:
+        """What `lend` gives this process to read, until the block of code ends."""
+        lent = self.lend(None)
+        try:
+            yield lent
+        finally:
+            if lent is not None:
+                lent.give_back()
 
 
 Claim = Callable[[int], torch.Tensor | None]

@@ -56,8 +56,7 @@ def messages(request_id: int, blocks: Iterable[Block | None]) -> Iterator[tuple[
 
 def _cut(request_id: int, block: Block) -> Iterator[tuple[bytes, int]]:
     """A block in messages of its own. What can be lent is, so that it does not go on to another version in between."""
-    lent = block.lend(None)
-    try:
+    with block.lent() as lent:
         for start in range(0, block.num_bytes, MESSAGE_BYTES):
             stop = min(start + MESSAGE_BYTES, block.num_bytes)
             head = frames.pull_head(request_id, stop - start)
@@ -68,9 +67,6 @@ def _cut(request_id: int, block: Block) -> Iterator[tuple[bytes, int]]:
             yield message, stop - start
             # Held here it would be in memory until the next one is there, too.
             del message
-    finally:
-        if lent is not None:
-            lent.give_back()
 
 
 def _together(request_id: int, size: int, parts: list[bytes]) -> tuple[bytes, int]:

@@ -161,9 +161,10 @@ class PairLink(Link):
         try:
             yield
         except RuntimeError as error:
-            self._broken = True
             if self._pair is not None:
                 self._pair.abort()
+            # Only now: who need not wait for a parcel takes its memory for something else.
+            self._broken = True
             raise Timeout(f"the trainer does not move the bytes of the {self.kind} link: {error}") from error
 
     def _open_pair(self) -> Pair:
@@ -181,8 +182,7 @@ class PairLink(Link):
 
 def _parcels(block: Block) -> Iterator[_Parcel]:
     """A block where it is, if it can be lent, which is until the next parcel is asked for; copies of it otherwise."""
-    lent = block.lend(None)
-    try:
+    with block.lent() as lent:
         for start in range(0, block.num_bytes, pair.PARCEL_BYTES):
             stop = min(start + pair.PARCEL_BYTES, block.num_bytes)
             if lent is None:
@@ -190,9 +190,6 @@ def _parcels(block: Block) -> Iterator[_Parcel]:
             else:
                 bytes_of = lent.tensor.view(-1).view(torch.uint8)
                 yield _Parcel(bytes_of[block.start + start : block.start + stop], lent)
-    finally:
-        if lent is not None:
-            lent.give_back()
 
 
 def _check_sizes(header: pb.PushHeader) -> None:
